@@ -1,0 +1,33 @@
+# The README's two commands are `make rlhf` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build where an index offers it (several GB smaller); any torch that pyproject.toml admits otherwise.
+TORCH ?= torch>=2.11,<2.14
+
+.PHONY: rlhf test slow lint install
+
+rlhf: $(VENV)/.installed
+	$(BIN)/python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --durations=10
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "slow" --timeout=1800 --durations=0
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,rustbpe]"
+	touch $@

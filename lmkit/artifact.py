@@ -1,0 +1,130 @@
+"""Sealed folders: an artifact becomes visible whole, by one rename, and carries a manifest that proves it unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkit.errors import BadInput, CorruptInput
+
+MANIFEST = "MANIFEST.json"
+
+
+@contextlib.contextmanager
+def seal(target: Path) -> Iterator[Path]:
+    """Yields an empty staging folder that becomes `target`, whole, when the block ends without an exception.
+
+    Files are made readable (0644), flushed to the disk and listed in MANIFEST.json with size and sha256; links and
+    special files are refused. An existing `target` is moved aside before the rename and deleted after it.
+    """
+    target = Path(target)
+    staging = target.with_name(f".staging-{target.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _write_manifest(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # frees the space when the disk was full
+        raise
+    replaced = target.with_name(f".replaced-{target.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    staging.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in _files(folder):
+        if path.is_symlink() or not stat.S_ISREG(path.stat().st_mode):
+            raise BadInput(f"{path} is a link or a special file; an artifact holds plain files only.")
+        path.chmod(0o644)
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, {"files": files, "id": _manifest_id(files)})
+    for directory in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _sync(directory)
+
+
+def _manifest_id(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that `path` holds either the old text or all of the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> str:
+    """The manifest id of a sealed folder, after checking every file; CorruptInput names the first that differs."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed, found_id = manifest["files"], manifest["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CorruptInput(f"{folder} is not a finished artifact: {MANIFEST} is missing or unreadable.") from None
+    if found_id != _manifest_id(listed):
+        raise CorruptInput(f"{folder / MANIFEST} was edited: its id does not match its list of files.")
+    present = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
+    for name in sorted(present ^ set(listed)):
+        raise CorruptInput(f"{folder / name} is {'not in the manifest' if name in present else 'missing'}.")
+    for name, entry in listed.items():
+        path = folder / name
+        if path.is_symlink() or path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+            raise CorruptInput(f"{path} is damaged: it is not the file the manifest lists.")
+    return found_id
+
+
+def content_id(source: str | Path | list) -> str:
+    """What identifies an input: a sealed folder's manifest id, else the sha256 of a file or of all files of a folder.
+
+    A text that is not a path but names code or a hub revision (`module:function`, `hub:org/name@commit`) stands for
+    itself. A missing local path is BadInput, never a request to a hub.
+    """
+    if isinstance(source, list):
+        return hashlib.sha256("".join(content_id(s) for s in source).encode()).hexdigest()
+    path = Path(source)
+    if path.is_file():
+        return sha256(path)
+    if (path / MANIFEST).is_file():
+        return verify(path)
+    if path.is_dir():
+        return _manifest_id({p.relative_to(path).as_posix(): sha256(p) for p in _files(path) if p.is_file()})
+    if matches := sorted(path.parent.glob(path.name)) if "*" in path.name else []:
+        return content_id(list(matches))
+    if ":" in str(source):
+        return str(source)
+    raise BadInput(
+        f"{source} does not exist. Wanted a file or a folder; check the path, or run the stage that makes it."
+    )

@@ -1,0 +1,159 @@
+"""Configurations: typed, filled from YAML files and dotted flags, with every mistake reported at once.
+
+    python recipes/pretrain.py --config my.yaml --train.learning_rate 1e-3
+
+A configuration is a pydantic model. Values come from, in rising order: the class's defaults, the file, the flags.
+A nested section or mapping is merged key by key: a flag that sets one key of `train` leaves the others as they were.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmkit.errors import BadInput
+from lmkit.strict_yaml import parse_yaml
+
+
+class Config(BaseModel):
+    """Base of every configuration: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def setting(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that decides the result, with one line for `--help`."""
+    return Field(default, description=description, **constraints)
+
+
+def knob(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that does not decide the result (paths, whose content counts instead; logging; workers)."""
+    return Field(default, description=description, json_schema_extra={"knob": True}, **constraints)
+
+
+class StageConfig(Config):
+    """Fields every stage has."""
+
+    output_dir: Path = knob(..., "where the stage writes: artifact folders, record, metrics, checkpoints")
+    seed: int = setting(0, "seed of every random choice the stage makes")
+    report_to: list[str] = knob([], "trackers beside metrics.jsonl: tensorboard, trackio, wandb")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadInput when the file is missing, unreadable or not a mapping."""
+    try:
+        value = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist. Pass --config an existing YAML file.") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise BadInput(f"{path} cannot be read as a UTF-8 text file ({error}).") from None
+    if not isinstance(value, dict | None):
+        raise BadInput(f"{path} holds a {type(value).__name__}; wanted a mapping such as `seed: 0`.")
+    return value or {}
+
+
+def parse_flags(argv: list[str]) -> dict[str, Any]:
+    """Flags as a nested mapping; values are YAML scalars or flow collections.
+
+    >>> parse_flags(["--train.learning_rate", "1e-3", "--seed=2"])
+    {'train': {'learning_rate': 0.001}, 'seed': 2}
+    """
+    mapping: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        flag, equals, text = word.partition("=")
+        if not flag.startswith("--") or not flag[2:]:
+            raise BadInput(f"{word!r} is not a flag. Flags are --name value or --section.name value.")
+        if not equals and (text := next(words, None)) is None:
+            raise BadInput(f"{flag} needs a value, as in `{flag} VALUE`.")
+        *sections, key = flag[2:].split(".")
+        inner = mapping
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise BadInput(f"{flag} sets a key inside {section}, which another flag has set to a single value.")
+        inner[key] = parse_yaml(text, flag)
+    return mapping
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, mappings merged key by key.
+
+    >>> merge({"train": {"max_steps": 10, "seed": 0}}, {"train": {"max_steps": 20}})
+    {'train': {'max_steps': 20, 'seed': 0}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def defaults(cls: type[Config]) -> dict[str, Any]:
+    """A class's default values as a nested mapping; required fields are absent."""
+    given = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
+    required = {name for name, field in cls.model_fields.items() if field.is_required()}
+    return {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in given.items() if k not in required}
+
+
+def problems(cls: type[Config], mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every mistake in `mapping`, one line each with the near name of an unknown one; empty when it is valid."""
+    try:
+        cls.model_validate(merge(defaults(cls), mapping))
+    except ValidationError as error:
+        return [f"{prefix}{line}" for e in error.errors() for line in _describe(cls, e)]
+    return []
+
+
+def validate(cls: type[Config], mapping: dict[str, Any], source: str = "the configuration") -> Any:
+    """An instance of `cls` from defaults and `mapping`; BadInput lists all mistakes at once."""
+    if lines := problems(cls, mapping):
+        raise BadInput("\n".join([f"{source} has {len(lines)} mistake{'s' * (len(lines) > 1)}:", *lines]))
+    return cls.model_validate(merge(defaults(cls), mapping))
+
+
+def load(cls: type[Config], argv: list[str]) -> Any:
+    """The configuration of a recipe from its command line: `--config FILE` and dotted flags."""
+    flags = parse_flags(argv)
+    path = flags.pop("config", None)
+    mapping = read_mapping(Path(path)) if path is not None else {}
+    return validate(cls, merge(mapping, flags), source=f"{path} with the flags" if path else "the command line")
+
+
+def explain(cls: type[Config], values: Any = None, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, default, description) of every field, sections opened."""
+    rows = []
+    for name, field in cls.model_fields.items():
+        value = getattr(values, name) if values else field.get_default(call_default_factory=True)
+        if isinstance(value, Config):
+            rows += explain(type(value), value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, "required" if field.is_required() else str(value), field.description or ""))
+    return rows
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _describe(cls: type[Config], error: Any) -> list[str]:
+    """One pydantic error as a line: where, what was found, what was wanted."""
+    *sections, key = [str(part) for part in error["loc"]] or [""]
+    where = ".".join([*sections, key]).rstrip(".")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] != "extra_forbidden":
+        shown = "" if error["type"] in ("missing", "value_error") else f" (found {error['input']!r})"
+        # A check of a whole section lists its own lines, each with the full name it found wrong.
+        return [f"  {line}" if where == "" else f"  {where}  {line}{shown}" for line in message.split("\n")]
+    names = [name for name, _, _ in explain(cls)]
+    siblings = [n.removeprefix(".".join([*sections, ""])) for n in names if n.startswith(".".join([*sections, ""]))]
+    near = difflib.get_close_matches(key, siblings, 1) or difflib.get_close_matches(key, names, 1, 0.7)
+    # A known name in the wrong section is as common as a typing error.
+    near = near or [n for n in names if n.split(".")[-1] == key]
+    hint = f"Did you mean {near[0]}?" if near else f"Options here: {', '.join(siblings)}."
+    return [f"  {where}  unknown option. {hint}"]
