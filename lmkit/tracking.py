@@ -100,9 +100,11 @@ class Tracker:
     def _show(self, row: dict[str, Any], names: list[str], now: float) -> None:
         facts = [f"{name.rsplit('/', 1)[-1]} {short(row[name])}" for name in names]
         if "tokens_per_second" in row:
-            facts.append(f"{short(row['tokens_per_second'])} tok/s")
+            facts.insert(0, f"{short(row['tokens_per_second'])} tok/s")
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], facts="  ".join(facts))
+            # The facts give way on a narrow terminal: bar, count and ETA keep their places.
+            room = self.bar.console.width - len(self.description) - 2 * len(str(self.total_steps)) - 40
+            self.bar.update(self.task, completed=row["step"], facts="  ".join(facts)[: max(room, 0)])
         elif now - self.last_line >= LINE_SECONDS or row["step"] == self.total_steps:
             done = row["step"] - self.start_step
             left = (now - self.opened) / done * (self.total_steps - row["step"]) if done else math.nan
@@ -192,15 +194,14 @@ def start_trackers(names: Sequence[str], directory: Path, start_step: int) -> li
 def progress_bar(description: str, total_steps: int, start_step: int) -> tuple[Any, Any]:
     """A rich progress bar on stdout and its one task."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
 
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         TextColumn("ETA"),
-        TimeRemainingColumn(compact=True),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
         refresh_per_second=2,  # the drawing thread shares the cores with the training
         speed_estimate_period=120,
     )

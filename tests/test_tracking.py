@@ -89,7 +89,7 @@ def test_without_a_terminal_one_plain_line_in_ten_seconds(tmp_path, monkeypatch,
             tracker.log(step, {"loss": 2.0, "lr": 1e-3, "a": 1, "b": 2, "not_shown": 3}, tokens=2048)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4, "at 1, 11, 21 and 30 s"
-    assert lines[1] == "pretrain  11/30  loss 2  lr 0.001  a 1  b 2  2048 tok/s  ETA 0:19"
+    assert lines[1] == "pretrain  11/30  2048 tok/s  loss 2  lr 0.001  a 1  b 2  ETA 0:19"
     assert lines[-1].endswith("ETA 0:00")
 
 
@@ -101,21 +101,21 @@ def test_the_eta_of_a_resumed_run_counts_its_own_steps_only(tmp_path, monkeypatc
     assert capsys.readouterr().out.strip().endswith("ETA 0:10")
 
 
-def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("columns", "last_fact"), [("100", "c 3"), ("60", "tok/s")])
+def test_a_terminal_gets_a_bar_whose_facts_give_way(tmp_path, monkeypatch, columns, last_fact):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     screen = Terminal()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "stdout", screen)
     with Tracker(tmp_path, total_steps=4, description="sft") as tracker:
-        tracker.log(2, {"loss": 1.5}, tokens=100)
+        tracker.log(2, {"loss": 1.5, "a": 1, "b": 2, "c": 3}, tokens=1)
     shown = screen.getvalue()
-    assert "sft" in shown
-    assert "2/4" in shown
-    assert "loss 1.5" in shown
+    for part in ("sft", "2/4", "ETA", last_fact):
+        assert part in shown
     assert "\x1b[" in shown, "drawn in place"
 
 
