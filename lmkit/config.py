@@ -12,11 +12,10 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmkit.errors import BadInput
-from lmkit.strict_yaml import parse_yaml
+from lmkit.strict_yaml import dump_yaml, parse_yaml
 
 
 class Config(BaseModel):
@@ -31,8 +30,13 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
 
 
 def knob(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that does not decide the result (paths, whose content counts instead; logging; workers)."""
+    """A field that does not decide the result: where to write, how often to log, how many workers."""
     return Field(default, description=description, json_schema_extra={"knob": True}, **constraints)
+
+
+def source(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that names an input: a path, whose content decides the result, or `module:function`."""
+    return Field(default, description=description, json_schema_extra={"source": True}, **constraints)
 
 
 class StageConfig(Config):
@@ -136,9 +140,9 @@ def explain(cls: type[Config], values: Any = None, prefix: str = "") -> list[tup
     return rows
 
 
-def dump_yaml(config: Config) -> str:
+def to_yaml(config: Config) -> str:
     """The configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _describe(cls: type[Config], error: Any) -> list[str]:

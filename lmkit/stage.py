@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,16 @@ def rotate(folder: Path, keep: int = 2) -> None:
 class Stage:
     """One run of one stage: `finished`, then `with stage:` around the work, `seal` for artifacts, `finish` at the end.
 
-    name: the recipe's name. config: its configuration. inputs: name -> path or source text, identified by content.
-    Only the main process locks and writes; the others run the same code beside it.
+    name: the recipe's name. config: its configuration; its inputs, known by content, are the fields that hold a path
+    or are declared by `source`. Only the main process locks and writes; the others run the same code beside it.
     """
 
-    def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, Any]):
+    def __init__(self, name: str, config: StageConfig):
         self.name, self.config = name, config
         self.directory = Path(config.output_dir)
         self.checkpoints = self.directory / "checkpoints"
-        self.inputs = {k: str(v) for k, v in inputs.items() if v is not None}
-        self._input_ids = {k: content_id(v) for k, v in inputs.items() if v is not None}
+        self.inputs = inputs_of(config)
+        self._input_ids = {name: content_id(value) for name, value in self.inputs.items()}
         self._plan = {"stage": name, "config": semantic(config), "inputs": self._input_ids}
         self.fingerprint = hashlib.sha256(json.dumps(self._plan, sort_keys=True, default=str).encode()).hexdigest()
         self._artifacts: dict[str, str] = {}
@@ -90,9 +90,10 @@ class Stage:
         record = read_record(self.directory)
         made = record or _read(self.directory / "plan.json")
         if made and made["fingerprint"] != self.fingerprint:
+            changes = "; ".join(self.changed_settings(made) + self.changed_inputs(made)) or "its fingerprint differs"
             raise BadInput(
-                f"{self.directory} was made with other settings: {self._difference(made)}. Choose another run name, or "
-                f"redo it with `python recipes/rlhf.py --redo {self.name}` (the old one is moved aside, not deleted)."
+                f"{self.directory} was made with other settings: {changes}. Choose another run name, or redo it with "
+                f"`python recipes/rlhf.py --redo {self.name}` (the old one is moved aside, not deleted)."
             )
         if record is None:
             return False
@@ -102,14 +103,16 @@ class Stage:
         self.say(f"{self.name}: finished already, skipped ({self.directory})", log=False)
         return True
 
-    def _difference(self, made: dict) -> str:
+    def changed_settings(self, made: dict) -> list[str]:
+        """What differs between the settings in a record and these, a line each."""
         old, new = _flat(made["config"]), _flat(json.loads(json.dumps(self._plan["config"], default=str)))
-        changed = [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
-        old_inputs = made["input_ids"]
-        for key in sorted(old_inputs | self._input_ids):
-            if old_inputs.get(key) != self._input_ids.get(key):
-                changed.append(f"the content of {key} ({self.inputs.get(key, 'no longer given')}) changed")
-        return "; ".join(changed) or "its fingerprint differs"
+        return [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+
+    def changed_inputs(self, made: dict) -> list[str]:
+        """The inputs whose content differs between a record and now, a line each."""
+        old = {name: entry["id"] for name, entry in made["inputs"].items()}
+        names = sorted(name for name in old | self._input_ids if old.get(name) != self._input_ids.get(name))
+        return [f"the content of {name} ({self.inputs.get(name, 'no longer given')}) changed" for name in names]
 
     def __enter__(self) -> Stage:
         self._started = time.time()
@@ -184,16 +187,26 @@ class Stage:
         (self.directory / "plan.json").unlink()
 
     def _plan_record(self) -> dict[str, Any]:
-        inputs = {name: {"path": path, "id": self._input_ids[name]} for name, path in self.inputs.items()}
-        return {**self._plan, "inputs": inputs, "input_ids": self._input_ids, "fingerprint": self.fingerprint}
+        inputs = {name: {"path": str(value), "id": self._input_ids[name]} for name, value in self.inputs.items()}
+        return {**self._plan, "inputs": inputs, "fingerprint": self.fingerprint}
+
+
+def inputs_of(config: StageConfig) -> dict[str, Any]:
+    """Field name -> path or source text, of every input a configuration names; fields that are None are left out."""
+    inputs = {}
+    for name, field in type(config).model_fields.items():
+        extra, value = field.json_schema_extra or {}, getattr(config, name)
+        if value is not None and not extra.get("knob") and (isinstance(value, Path) or extra.get("source")):
+            inputs[name] = value
+    return inputs
 
 
 def semantic(config: Config) -> dict[str, Any]:
-    """What decides the result: the configuration as JSON values without knobs and paths."""
+    """What decides the result, besides the inputs' content: the configuration as JSON values."""
     result = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if isinstance(value, Path) or (field.json_schema_extra or {}).get("knob"):
+        if isinstance(value, Path) or {"knob", "source"} & set(field.json_schema_extra or {}):
             continue
         if isinstance(value, Config):
             result[name] = semantic(value)
@@ -293,12 +306,11 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
 
 def make_upstream(config: StageConfig) -> None:
     """Runs the chain up to a stage whose output a default path names and which is not there."""
+    fields, paths = type(config).model_fields, {name: Path(str(value)) for name, value in inputs_of(config).items()}
     missing = [
-        value
-        for name, field in type(config).model_fields.items()
-        if isinstance(value := getattr(config, name), Path)
-        and (value == field.default and not value.exists() and value.parts[:2] == ("runs", "tiny"))
-        and name != "output_dir"
+        path
+        for name, path in paths.items()
+        if str(path) == str(fields[name].default) and path.parts[:2] == ("runs", "tiny") and not path.exists()
     ]
     if not missing:
         return

@@ -1,0 +1,104 @@
+import json
+import os
+
+import pytest
+
+from lmkit.artifact import MANIFEST, content_id, seal, verify
+from lmkit.errors import BadInput, CorruptInput
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    with seal(tmp_path / "model") as folder:
+        (folder / "sub").mkdir()
+        (folder / "a.bin").write_bytes(b"weights" * 100)
+        (folder / "sub" / "b.txt").write_text("text")
+        (folder / "empty").write_bytes(b"")
+    return tmp_path / "model"
+
+
+def test_sealing_gives_a_manifest_without_time_host_or_path(sealed, tmp_path):
+    manifest = json.loads((sealed / MANIFEST).read_text())
+    assert set(manifest) == {"files", "id"}
+    assert set(manifest["files"]) == {"a.bin", "sub/b.txt", "empty"}
+    moved = tmp_path / "elsewhere"
+    sealed.rename(moved)
+    assert verify(moved) == manifest["id"]
+    assert oct((moved / "a.bin").stat().st_mode & 0o777) == "0o644"
+
+
+def test_a_block_that_fails_leaves_nothing_and_keeps_the_old_one(sealed):
+    before = verify(sealed)
+    with pytest.raises(RuntimeError), seal(sealed) as folder:  # noqa: PT012 - the block is what is tested
+        (folder / "a.bin").write_bytes(b"half")
+        raise RuntimeError
+    assert verify(sealed) == before
+    assert [p.name for p in sealed.parent.iterdir()] == ["model"]
+
+
+def test_resealing_replaces_the_whole_folder(sealed):
+    with seal(sealed) as folder:
+        (folder / "c.txt").write_text("new")
+    verify(sealed)
+    assert {p.name for p in sealed.iterdir()} == {"c.txt", MANIFEST}
+
+
+def damage_missing(folder):
+    (folder / "a.bin").unlink()
+
+
+def damage_empty(folder):
+    (folder / "a.bin").write_bytes(b"")
+
+
+def damage_truncated(folder):
+    (folder / "a.bin").write_bytes(b"weights" * 50)
+
+
+def damage_flipped(folder):
+    data = bytearray((folder / "a.bin").read_bytes())
+    data[350] ^= 1
+    (folder / "a.bin").write_bytes(data)
+
+
+def damage_extra(folder):
+    (folder / "sub" / "more.txt").write_text("x")
+
+
+def damage_link(folder):
+    (folder / "a.bin").rename(folder.parent / "a.bin")
+    (folder / "a.bin").symlink_to(folder.parent / "a.bin")
+
+
+def damage_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"size": 4', '"size": 5'))
+
+
+def damage_no_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize("damage", [v for k, v in list(globals().items()) if k.startswith("damage_")])
+def test_damage_is_found_and_the_file_named(sealed, damage):
+    damage(sealed)
+    with pytest.raises(CorruptInput, match=r"a\.bin|more\.txt|MANIFEST"):
+        verify(sealed)
+
+
+def test_links_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="link"), seal(tmp_path / "x") as folder:
+        os.symlink("/etc/hostname", folder / "a")
+
+
+def test_content_id_of_files_folders_globs_and_names(sealed, tmp_path):
+    assert content_id(sealed) == verify(sealed)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "1.txt").write_text("one")
+    before = content_id(tmp_path / "d")
+    assert content_id(tmp_path / "d" / "*.txt") == content_id([tmp_path / "d" / "1.txt"])
+    (tmp_path / "d" / "1.txt").write_text("two")
+    assert content_id(tmp_path / "d") != before
+    assert content_id("package.module:function") == "package.module:function"
+    with pytest.raises(BadInput, match=r"nowhere does not exist"):
+        content_id(tmp_path / "nowhere")
