@@ -104,20 +104,13 @@ def defaults(cls: type[Config]) -> dict[str, Any]:
     return {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in given.items() if k not in required}
 
 
-def problems(cls: type[Config], mapping: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every mistake in `mapping`, one line each with the near name of an unknown one; empty when it is valid."""
-    try:
-        cls.model_validate(merge(defaults(cls), mapping))
-    except ValidationError as error:
-        return [f"{prefix}{line}" for e in error.errors() for line in _describe(cls, e)]
-    return []
-
-
 def validate(cls: type[Config], mapping: dict[str, Any], source: str = "the configuration") -> Any:
-    """An instance of `cls` from defaults and `mapping`; BadInput lists all mistakes at once."""
-    if lines := problems(cls, mapping):
-        raise BadInput("\n".join([f"{source} has {len(lines)} mistake{'s' * (len(lines) > 1)}:", *lines]))
-    return cls.model_validate(merge(defaults(cls), mapping))
+    """An instance of `cls` from defaults and `mapping`; BadInput lists every mistake, a line each."""
+    try:
+        return cls.model_validate(merge(defaults(cls), mapping))
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in _describe(cls, e)]
+        raise BadInput("\n".join([f"{source} has {len(lines)} mistake{'s' * (len(lines) > 1)}:", *lines])) from None
 
 
 def load(cls: type[Config], argv: list[str]) -> Any:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lmkit.config import Config, StageConfig, explain, knob, load, problems, setting, to_yaml, validate
+from lmkit.config import Config, StageConfig, explain, knob, load, setting, to_yaml, validate
 from lmkit.errors import BadInput
 from lmkit.strict_yaml import parse_yaml
 
@@ -95,7 +95,3 @@ def test_dump_reads_back_equal(tmp_path):
 
 def test_explain_shows_this_recipes_defaults():
     assert ("train.max_steps", "30", "optimizer steps") in explain(Example)
-
-
-def test_problems_is_empty_for_a_valid_mapping():
-    assert problems(Example, {"seed": 1}) == []

@@ -16,7 +16,7 @@ from lmkit.stage import Stage, latest_checkpoint, read_record, rotate
 
 class Example(StageConfig):
     output_dir: Path = knob(Path("unused"), "where to write")
-    data: Path = knob(Path("unused"), "input")
+    data: Path = setting(Path("unused"), "input")
     steps: int = setting(3, "how many")
     logging_steps: int = knob(1, "how often")
     train: dict = setting({"learning_rate": 1.0, "logging_steps": 5}, "passed on")
