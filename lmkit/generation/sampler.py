@@ -118,7 +118,7 @@ def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     rows = torch.arange(len(prompts), device=device)  # the batch row behind each row still in the cache
     running = torch.ones_like(rows, dtype=torch.bool)
-    cache = _cache(model.config, width + max_new_tokens)
+    cache = reserved_cache(model.config, width + max_new_tokens)
     for step in range(max_new_tokens):
         logits = model(
             input_ids=ids,
@@ -128,7 +128,7 @@ def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        ids, chosen = _draw(logits, None if uniforms is None else uniforms[rows, step], *choice)
+        ids, chosen = draw(logits, None if uniforms is None else uniforms[rows, step], *choice)
         tokens[rows, step] = torch.where(running, ids, 0)
         logprobs[rows, step] = torch.where(running, chosen, 0.0)
         ended = running & torch.isin(ids, stops)
@@ -171,14 +171,14 @@ class _ReservedLayer(DynamicLayer):
         self.keys, self.values = (memory[:, :, :seen] for memory in self.reserved)
 
 
-def _cache(config, capacity):
+def reserved_cache(config, capacity):
     """The model's own kind of cache, with reserved memory for its full-attention layers."""
     cache = DynamicCache(config=config)
     cache.layers = [_ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def _draw(logits, uniforms, temperature, top_k, top_p):
+def draw(logits, uniforms, temperature, top_k, top_p):
     """A token [B] for each row of logits [B, V] and its log-probability [B] under the tempered distribution.
 
     The token is the first whose cumulative probability exceeds uniform * total, so one of probability 0 never is.
