@@ -106,25 +106,37 @@ def verify(folder: Path) -> str:
     return found_id
 
 
+def require(source: str | Path | list, name: str = "") -> list[Path]:
+    """The existing files and folders a source names, globs expanded; none for `module:function` or `hub:...`.
+
+    A missing local path is BadInput that begins with `name`, never a request to a hub.
+    """
+    if isinstance(source, list):
+        return [path for one in source for path in require(one, name)]
+    path = Path(source)
+    matches = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] * path.exists()
+    if not matches and ":" not in str(source):
+        what = f"{name}: {source}" if name else str(source)
+        raise BadInput(
+            f"{what} does not exist. Wanted a file or folder: check the path, or run the stage that makes it."
+        )
+    return matches
+
+
 def content_id(source: str | Path | list) -> str:
     """What identifies an input: a sealed folder's manifest id, else the sha256 of a file or of all files of a folder.
 
     A text that is not a path but names code or a hub revision (`module:function`, `hub:org/name@commit`) stands for
-    itself. A missing local path is BadInput, never a request to a hub.
+    itself.
     """
-    if isinstance(source, list):
-        return hashlib.sha256("".join(content_id(s) for s in source).encode()).hexdigest()
-    path = Path(source)
+    paths = require(source)
+    if not paths:
+        return str(source)
+    if isinstance(source, list) or "*" in Path(source).name:
+        return hashlib.sha256("".join(content_id(path) for path in paths).encode()).hexdigest()
+    path = paths[0]
     if path.is_file():
         return sha256(path)
     if (path / MANIFEST).is_file():
         return verify(path)
-    if path.is_dir():
-        return _manifest_id({p.relative_to(path).as_posix(): sha256(p) for p in _files(path) if p.is_file()})
-    if matches := sorted(path.parent.glob(path.name)) if "*" in path.name else []:
-        return content_id(list(matches))
-    if ":" in str(source):
-        return str(source)
-    raise BadInput(
-        f"{source} does not exist. Wanted a file or a folder; check the path, or run the stage that makes it."
-    )
+    return _manifest_id({p.relative_to(path).as_posix(): sha256(p) for p in _files(path) if p.is_file()})

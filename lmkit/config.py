@@ -60,11 +60,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return value or {}
 
 
-def parse_flags(argv: list[str]) -> dict[str, Any]:
-    """Flags as a nested mapping; values are YAML scalars or flow collections.
+def parse_flags(argv: list[str], switches: set[str] = frozenset()) -> dict[str, Any]:
+    """Flags as a nested mapping; values are YAML scalars or flow collections. A flag in `switches` takes no value.
 
-    >>> parse_flags(["--train.learning_rate", "1e-3", "--seed=2"])
-    {'train': {'learning_rate': 0.001}, 'seed': 2}
+    >>> parse_flags(["--train.learning_rate", "1e-3", "--seed=2", "--dry-run"], {"dry_run"})
+    {'train': {'learning_rate': 0.001}, 'seed': 2, 'dry_run': True}
     """
     mapping: dict[str, Any] = {}
     words = iter(argv)
@@ -72,9 +72,11 @@ def parse_flags(argv: list[str]) -> dict[str, Any]:
         flag, equals, text = word.partition("=")
         if not flag.startswith("--") or not flag[2:]:
             raise BadInput(f"{word!r} is not a flag. Flags are --name value or --section.name value.")
-        if not equals and (text := next(words, None)) is None:
+        *sections, key = flag[2:].replace("-", "_").split(".")
+        if not equals and key in switches and not sections:
+            text = "true"
+        elif not equals and (text := next(words, None)) is None:
             raise BadInput(f"{flag} needs a value, as in `{flag} VALUE`.")
-        *sections, key = flag[2:].split(".")
         inner = mapping
         for section in sections:
             inner = inner.setdefault(section, {})
@@ -99,9 +101,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def defaults(cls: type[Config]) -> dict[str, Any]:
     """A class's default values as a nested mapping; required fields are absent."""
-    given = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
-    required = {name for name, field in cls.model_fields.items() if field.is_required()}
-    return {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in given.items() if k not in required}
+    fields = {field.alias or name: field for name, field in cls.model_fields.items() if not field.is_required()}
+    given = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: value.model_dump() if isinstance(value, Config) else value for name, value in given.items()}
 
 
 def validate(cls: type[Config], mapping: dict[str, Any], source: str = "the configuration") -> Any:
@@ -115,7 +117,7 @@ def validate(cls: type[Config], mapping: dict[str, Any], source: str = "the conf
 
 def load(cls: type[Config], argv: list[str]) -> Any:
     """The configuration of a recipe from its command line: `--config FILE` and dotted flags."""
-    flags = parse_flags(argv)
+    flags = parse_flags(argv, {name for name, field in cls.model_fields.items() if field.annotation is bool})
     path = flags.pop("config", None)
     mapping = read_mapping(Path(path)) if path is not None else {}
     return validate(cls, merge(mapping, flags), source=f"{path} with the flags" if path else "the command line")
@@ -129,6 +131,7 @@ def explain(cls: type[Config], values: Any = None, prefix: str = "") -> list[tup
         if isinstance(value, Config):
             rows += explain(type(value), value, f"{prefix}{name}.")
         else:
+            name = field.alias or name
             rows.append((prefix + name, "required" if field.is_required() else str(value), field.description or ""))
     return rows
 

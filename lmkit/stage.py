@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -87,8 +88,7 @@ class Stage:
     @property
     def finished(self) -> bool:
         """True when this very stage was completed and its artifacts verify; BadInput when it was made otherwise."""
-        record = read_record(self.directory)
-        made = record or _read(self.directory / "plan.json")
+        record, made = read_record(self.directory), made_from(self.directory)
         if made and made["fingerprint"] != self.fingerprint:
             changes = "; ".join(self.changed_settings(made) + self.changed_inputs(made)) or "its fingerprint differs"
             raise BadInput(
@@ -222,6 +222,19 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return _read(Path(directory) / "stage.json")
 
 
+def made_from(directory: Path) -> dict[str, Any] | None:
+    """The settings and inputs a stage directory was begun with, finished or not; None when there is nothing."""
+    return read_record(directory) or _read(Path(directory) / "plan.json")
+
+
+def move_aside(directory: Path) -> Path | None:
+    """Renames a stage directory to the first free `STAGE.old-N`, since nothing is ever deleted; None if it is absent."""
+    if not directory.exists():
+        return None
+    aside = next(p for n in itertools.count(1) if not (p := directory.with_name(f"{directory.name}.old-{n}")).exists())
+    return directory.rename(aside)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -302,6 +315,23 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "exit.json", {"code": code, "reason": reason})
     sys.exit(code)
+
+
+def run_process(command: list[str], directory: Path) -> int:
+    """Runs a stage as its own process group, passing signals on; its exit code, from exit.json under a launcher."""
+    (directory / "exit.json").unlink(missing_ok=True)
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    told = _read(directory / "exit.json")
+    return told["code"] if code and told else code
 
 
 def make_upstream(config: StageConfig) -> None:
