@@ -228,7 +228,7 @@ def made_from(directory: Path) -> dict[str, Any] | None:
 
 
 def move_aside(directory: Path) -> Path | None:
-    """Renames a stage directory to the first free `STAGE.old-N`, since nothing is ever deleted; None if it is absent."""
+    """Renames a stage directory to the first free `STAGE.old-N`, for nothing is deleted; None if there is nothing."""
     if not directory.exists():
         return None
     aside = next(p for n in itertools.count(1) if not (p := directory.with_name(f"{directory.name}.old-{n}")).exists())

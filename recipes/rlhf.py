@@ -73,23 +73,20 @@ class RLHFConfig(Config):
 
 
 def selected(config: RLHFConfig) -> list[str]:
-    """The stages to go through, in order; BadInput names an option that is not a stage."""
-    for option, value in (("from", config.first), ("to", config.to), ("only", config.only), ("redo", config.redo)):
-        if value not in (None, *CHAIN):
-            raise BadInput(f"--{option} {value}: there is no such stage. The stages are {', '.join(CHAIN)}.")
-    if unknown := set(config.launch) - set(CHAIN):
-        raise BadInput(f"launch names {', '.join(sorted(unknown))}; the stages are {', '.join(CHAIN)}.")
+    """The stages to go through, in order."""
+    for name in (config.first, config.to, config.only, config.redo, *config.launch):
+        if name not in (None, *CHAIN):
+            raise BadInput(f"{name} is not a stage. The stages are {', '.join(CHAIN)}.")
     first, last = config.only or config.first or CHAIN[0], config.only or config.to or CHAIN[-1]
     return list(CHAIN[CHAIN.index(first) : CHAIN.index(last) + 1])
 
 
 def command_of(stage: str, config: RLHFConfig) -> list[str]:
     """The command a person would type to run this one stage."""
-    recipe = [str(Path(__file__).parent / f"{stage}.py"), "--config", str(config.output_dir / f"configs/{stage}.yaml")]
-    if stage not in config.launch:
-        return [sys.executable, *recipe]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config.launch[stage])]
-    return launcher + recipe
+    file = config.output_dir / "configs" / f"{stage}.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config.launch.get(stage))]
+    recipe = [str(Path(__file__).parent / f"{stage}.py"), "--config", str(file)]
+    return [sys.executable, *(launcher if stage in config.launch else []), *recipe]
 
 
 def main(config: RLHFConfig) -> Path:
@@ -117,9 +114,8 @@ def main(config: RLHFConfig) -> Path:
         if config.dry_run:
             print(f"{name}: would run {shlex.join(command)}")
             continue
-        file = config.output_dir / "configs" / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(section), encoding="utf-8")
+        (config.output_dir / "configs").mkdir(parents=True, exist_ok=True)
+        (config.output_dir / "configs" / f"{name}.yaml").write_text(to_yaml(section), encoding="utf-8")
         print(f"\n[{CHAIN.index(name) + 1}/{len(CHAIN)}] {shlex.join(command)}", flush=True)
         if code := run_process(command, section.output_dir):
             print(f"The chain stopped at {name}. To go on: {shlex.join([sys.executable, *sys.argv])}", file=sys.stderr)
