@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lmkit.errors import BadInput
+from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, byte_level_tokenizer
 from lmkit.tokenization.chat import CHAT_TEMPLATE, END_OF_TEXT, PAD, SPECIAL_TOKENS
 
 Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
 SplitName = Literal["qwen2", "gpt2", "gpt4", "llama3"]
 
-# Where a text is cut into words before merges are counted or applied; each as the model of that name publishes it.
-SPLITS: dict[str, str] = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-MAX_WORD = 512  # characters; merging a word takes time quadratic in its length
 MULTIPLE = 128  # of the vocabulary, so that the matrices of a model have a fast shape
 MIN_VOCAB = -(-(256 + len(SPECIAL_TOKENS)) // MULTIPLE) * MULTIPLE
 SPECIAL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]*[A-Za-z0-9][A-Za-z0-9_]*\|>")
-
-# byte -> the printable character that stands for it in a byte-level vocabulary (GPT-2's table)
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_CHARACTERS = [chr(b) if b in _PRINTABLE else chr(256 + _OTHERS.index(b)) for b in range(256)]
 
 
 def train_tokenizer(
@@ -133,21 +119,8 @@ def wrap(backend: Tokenizer, specials: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def word_splitter(split: str) -> pre_tokenizers.PreTokenizer:
-    """The saved pre-tokenizer: the regular expression, words cut after 512 characters, bytes as characters."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.Split(Regex(rf"[\s\S]{{{MAX_WORD}}}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
 def _byte_level_bpe(documents, vocab_size, split, nfc, max_token_length, min_frequency, specials) -> Tokenizer:
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.NFC() if nfc else None
-    trained.pre_tokenizer = word_splitter(split)
+    trained = byte_level_tokenizer({}, [], split, nfc)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -160,14 +133,6 @@ def _byte_level_bpe(documents, vocab_size, split, nfc, max_token_length, min_fre
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     return byte_level_tokenizer(model["vocab"], merges, split, nfc)
-
-
-def byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], split: str, nfc: bool) -> Tokenizer:
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.normalizer = normalizers.NFC() if nfc else None
-    backend.pre_tokenizer = word_splitter(split)
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _not_empty(documents: Iterable[str]) -> Iterator[str]:
