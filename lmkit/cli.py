@@ -1,0 +1,178 @@
+"""The `lmkit` command: what is not a training stage. Those are `python recipes/STAGE.py`.
+
+Imports stay light, so that `lmkit --help` and `lmkit status` answer at once; a command imports what it needs.
+"""
+
+import contextlib
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmkit.artifact import MANIFEST, verify
+from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
+from lmkit.stage import CHAIN, read_record
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/tiny")]
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns the errors a user can cause into one message and their exit code."""
+    try:
+        yield
+    except (BadInput, Locked, Stopped, CorruptInput, Interrupted) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+def status(run: Run) -> None:
+    """The stages of a run: state, age, size, fingerprint, and what would run next."""
+    with exit_codes():
+        rows = [(stage, *stage_state(run, stage)) for stage in stages_of(run)]
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", "age", "size", "fingerprint", box=None, padding=(0, 3, 0, 0))
+    for stage, state, age, size, fingerprint in rows:
+        table.add_row(stage, state, age, size, fingerprint)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    left = [(stage, state) for stage, state, *_ in rows if state != "finished"]
+    print(f"\nnext: {left[0][0]} ({left[0][1]})" if left else "\nnext: nothing, every stage is finished")
+
+
+@app.command("verify")
+def verify_run(run: Run) -> None:
+    """Hash every sealed artifact and checkpoint again; exit code 5 when one is damaged."""
+    with exit_codes():
+        folders = {path.parent for path in run.rglob(MANIFEST)}
+        recorded = {}
+        for stage in stages_of(run):
+            artifacts = (read_record(run / stage) or {"artifacts": {}})["artifacts"]
+            recorded |= {run / stage / name: manifest_id for name, manifest_id in artifacts.items()}
+        damaged = 0
+        for folder in sorted(folders | set(recorded)):
+            try:
+                found = verify(folder)
+                if found != recorded.get(folder, found):
+                    raise CorruptInput(f"{folder} is whole, but not what {folder.parent}/stage.json records.")
+                print(f"ok       {folder}  {human_size(folder)}  {found[:12]}")
+            except CorruptInput as error:
+                damaged += 1
+                print(f"damaged  {folder}  {error}")
+        if damaged:
+            raise CorruptInput(
+                f"{damaged} of {len(folders | set(recorded))} are damaged. Redo their stage with "
+                f"`python recipes/rlhf.py --redo STAGE`; a damaged checkpoint may be deleted."
+            )
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report.html, report.md and plots/ from what the run's stages recorded."""
+    with exit_codes():
+        stages_of(run)
+        from lmkit.report.report import write_report
+
+        print(write_report(run))
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory (its latest model) or a model directory")],
+    compare: Annotated[str, typer.Option(help="models to put side by side, such as sft,ppo")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="seed of the first answer")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 256,
+) -> None:
+    """Talk to a model, or to several with the same seed. From a pipe: one question a line, one answer a line."""
+    with exit_codes():
+        from lmkit.generation.chat import Chat, find_models, load_voice, talk
+
+        names = [name.strip() for name in compare.split(",") if name.strip()]
+        voices = [load_voice(name, path) for name, path in find_models(run, names).items()]
+        talk(Chat(voices, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------ status
+
+
+def stages_of(run: Path) -> list[str]:
+    """The chain's stages, when `run` holds at least one of them; BadInput says what is there otherwise."""
+    if any((run / stage).is_dir() for stage in CHAIN):
+        return list(CHAIN)
+    parent = run if run.is_dir() else run.parent
+    there = sorted(path.name for path in parent.glob("*/") if not path.name.startswith("."))
+    found = f"{parent} has {', '.join(there[:20])}" if there else f"{parent} has no folders"
+    raise BadInput(f"{run} is not a run: wanted a folder with {', '.join(CHAIN)}, such as runs/tiny. {found}.")
+
+
+def stage_state(run: Path, stage: str) -> tuple[str, str, str, str]:
+    """State, age, size and fingerprint of one stage, as text."""
+    directory = run / stage
+    if not directory.is_dir():
+        return "absent", "", "", ""
+    record, size = read_record(directory), human_size(directory)
+    if record:
+        old = outdated(run, record)
+        state = f"finished, but {' and '.join(old)} changed since" if old else "finished"
+        return state, age(directory / "stage.json"), size, record["fingerprint"][:12]
+    marks = [path for name in (".lock", "plan.json", "exit.json") if (path := directory / name).exists()]
+    plan = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").exists() else {}
+    shown = age(marks[-1]) if marks else "", size, plan.get("fingerprint", "")[:12]
+    if running := lock_holder(directory):
+        return f"running ({running})", *shown
+    state = "unfinished"
+    if (directory / "exit.json").exists():
+        exit_record = json.loads((directory / "exit.json").read_text(encoding="utf-8"))
+        state = f"ended with {exit_record['code']}: {exit_record['reason'].splitlines()[0]}"
+    if checkpoints := sorted((directory / "checkpoints").glob("step-*")):
+        state += f"; goes on from {checkpoints[-1].name}"
+    return state, *shown
+
+
+def outdated(run: Path, record: dict[str, Any]) -> list[str]:
+    """Inputs of a finished stage whose artifact in this run is another one now."""
+    names = []
+    for name, entry in record["inputs"].items():
+        path = Path(entry["path"])
+        manifest = run / path.parent.name / path.name / MANIFEST
+        if path.parent.name in CHAIN and manifest.exists() and json.loads(manifest.read_text())["id"] != entry["id"]:
+            names.append(name)
+    return names
+
+
+def lock_holder(directory: Path) -> str:
+    """Who works on a stage now, as its lock says; empty when nobody does."""
+    try:
+        with (directory / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip() or "starting"
+    except FileNotFoundError:
+        pass
+    return ""
+
+
+def human_size(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 1000**power:
+            return f"{size / 1000**power:.1f} {unit}"
+    return f"{size} B"
+
+
+def age(path: Path) -> str:
+    seconds = max(time.time() - path.stat().st_mtime, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
