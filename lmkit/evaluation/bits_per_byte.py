@@ -58,7 +58,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
             sizes[i] = 1
         else:
             sizes[i] = len((token.replace("\u2581", " ") if marks_spaces else token).encode())
-    sizes[tokenizer.all_special_ids] = 0
     return sizes
 
 

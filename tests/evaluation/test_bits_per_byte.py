@@ -206,7 +206,7 @@ def test_bits_per_byte_and_the_ngram_lines_count_the_same_targets():
         ([1, 1, 1], {"stride": 3}, "stride is 3; wanted 1 to context_length, which is 2"),
         ([1, 1, 1], {"stride": 0}, "stride is 0"),
         ([1, 2, 1], {}, "found token 2, wanted at most 1"),
-        ([1, 0, 0], {}, "found 3 tokens, wanted at least one after the first"),
+        ([1, 0, 0], {}, "found 3 tokens, wanted one after the first"),
         ([], {}, "found 0 tokens"),
     ],
 )
