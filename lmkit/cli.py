@@ -19,6 +19,7 @@ from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
 from lmkit.stage import CHAIN, read_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+TALKERS = ("ppo", "sft", "pretrain")  # stages whose model writes text, the latest first
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/tiny")]
 
 
@@ -37,14 +38,11 @@ def status(run: Run) -> None:
     """The stages of a run: state, age, size, fingerprint, and what would run next."""
     with exit_codes():
         rows = [(stage, *stage_state(run, stage)) for stage in stages_of(run)]
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("stage", "state", "age", "size", "fingerprint", box=None, padding=(0, 3, 0, 0))
-    for stage, state, age, size, fingerprint in rows:
-        table.add_row(stage, state, age, size, fingerprint)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
-    left = [(stage, state) for stage, state, *_ in rows if state != "finished"]
+    header = ("stage", "age", "size", "fingerprint", "state")
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    left = [(stage, state) for stage, *_, state in rows if state != "finished"]
     print(f"\nnext: {left[0][0]} ({left[0][1]})" if left else "\nnext: nothing, every stage is finished")
 
 
@@ -94,48 +92,71 @@ def chat(
 ) -> None:
     """Talk to a model, or to several with the same seed. From a pipe: one question a line, one answer a line."""
     with exit_codes():
-        from lmkit.generation.chat import Chat, find_models, load_voice, talk
-
         names = [name.strip() for name in compare.split(",") if name.strip()]
-        voices = [load_voice(name, path) for name, path in find_models(run, names).items()]
+        found = find_models(run, names)
+        from lmkit.generation.chat import Chat, load_voice, talk
+
+        voices = [load_voice(name, path) for name, path in found.items()]
         talk(Chat(voices, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens))
 
 
-# ------------------------------------------------------------------------------------------------------------ status
+# --------------------------------------------------------------------------------------------------- what is in a run
 
 
 def stages_of(run: Path) -> list[str]:
     """The chain's stages, when `run` holds at least one of them; BadInput says what is there otherwise."""
     if any((run / stage).is_dir() for stage in CHAIN):
         return list(CHAIN)
-    parent = run if run.is_dir() else run.parent
-    there = sorted(path.name for path in parent.glob("*/") if not path.name.startswith("."))
-    found = f"{parent} has {', '.join(there[:20])}" if there else f"{parent} has no folders"
-    raise BadInput(f"{run} is not a run: wanted a folder with {', '.join(CHAIN)}, such as runs/tiny. {found}.")
+    raise BadInput(f"{run} is not a run: wanted a folder with {', '.join(CHAIN)}, such as runs/tiny. {neighbours(run)}")
+
+
+def find_models(run: Path, compare: list[str]) -> dict[str, Path]:
+    """Name -> model folder: those `compare` names, else the latest of a run, or `run` itself when it is a model."""
+    for folder in (run, run / "model"):
+        if (folder / "config.json").is_file():
+            if compare:
+                raise BadInput(f"{folder} is one model; --compare {','.join(compare)} needs a run, such as runs/tiny.")
+            return {folder.parent.name if folder.name == "model" else folder.name: folder}
+    there = {name: run / name / "model" for name in TALKERS if (run / name / "model" / "config.json").is_file()}
+    if not there:
+        raise BadInput(
+            f"{run} has no model that talks: wanted a model folder, or a run (such as runs/tiny) with "
+            f"{' or '.join(f'{name}/model' for name in TALKERS)}. {neighbours(run)}"
+        )
+    if missing := [name for name in compare if name not in there]:
+        raise BadInput(f"{run} has no model {', '.join(missing)}. It has {', '.join(there)}.")
+    return {name: there[name] for name in compare or list(there)[:1]}
+
+
+def neighbours(run: Path) -> str:
+    """What is in `run`, or beside it when it does not exist, as a sentence."""
+    folder = run if run.is_dir() else run.parent
+    names = sorted(path.name for path in folder.glob("*/") if not path.name.startswith("."))
+    return f"{folder} has {', '.join(names[:20])}." if names else f"{folder} has no folders."
 
 
 def stage_state(run: Path, stage: str) -> tuple[str, str, str, str]:
-    """State, age, size and fingerprint of one stage, as text."""
+    """Age, size, fingerprint and state of one stage, as text."""
     directory = run / stage
     if not directory.is_dir():
-        return "absent", "", "", ""
+        return "", "", "", "absent"
     record, size = read_record(directory), human_size(directory)
     if record:
         old = outdated(run, record)
         state = f"finished, but {' and '.join(old)} changed since" if old else "finished"
-        return state, age(directory / "stage.json"), size, record["fingerprint"][:12]
+        return age(directory / "stage.json"), size, record["fingerprint"][:12], state
     marks = [path for name in (".lock", "plan.json", "exit.json") if (path := directory / name).exists()]
     plan = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").exists() else {}
     shown = age(marks[-1]) if marks else "", size, plan.get("fingerprint", "")[:12]
     if running := lock_holder(directory):
-        return f"running ({running})", *shown
+        return *shown, f"running ({running})"
     state = "unfinished"
     if (directory / "exit.json").exists():
         exit_record = json.loads((directory / "exit.json").read_text(encoding="utf-8"))
         state = f"ended with {exit_record['code']}: {exit_record['reason'].splitlines()[0]}"
     if checkpoints := sorted((directory / "checkpoints").glob("step-*")):
         state += f"; goes on from {checkpoints[-1].name}"
-    return state, *shown
+    return *shown, state
 
 
 def outdated(run: Path, record: dict[str, Any]) -> list[str]:

@@ -26,7 +26,6 @@ from lmkit.errors import BadInput
 from lmkit.generation.sampler import draw, reserved_cache
 from lmkit.tokenization.chat import encode_text, render, stop_token_ids
 
-STAGES = ("ppo", "sft", "pretrain")  # the latest first
 COLUMN_WIDTH = 48  # below this, answers are shown one after another instead of side by side
 HELP = """/seed N     seed of the next answer (it then counts up by one an answer)
 /temp X     temperature; 0 takes the most likely token each time
@@ -35,32 +34,6 @@ HELP = """/seed N     seed of the next answer (it then counts up by one an answe
 /quit       leave (as does Ctrl-D); Ctrl-C stops an answer"""
 
 # ----------------------------------------------------------------------------------------------------------- models
-
-
-def find_models(run: Path, compare: list[str] | None = None) -> dict[str, Path]:
-    """Name -> model folder: the latest of a run, those named in `compare`, or `run` itself when it is a model.
-
-    BadInput says what is there when nothing fits.
-    """
-    run = Path(run)
-    if not run.is_dir():
-        raise BadInput(f"{run} is not a folder. Wanted a run (such as runs/tiny) or a model folder.{_neighbours(run)}")
-    for folder in (run, run / "model"):
-        if (folder / "config.json").is_file():
-            if compare:
-                raise BadInput(f"{folder} is one model; --compare {','.join(compare)} needs a run, such as runs/tiny.")
-            return {folder.parent.name if folder.name == "model" else folder.name: folder}
-    there = {name: run / name / "model" for name in STAGES if (run / name / "model" / "config.json").is_file()}
-    if not there:
-        raise BadInput(f"{run} has no model yet. Wanted one of {', '.join(f'{run / s}/model' for s in STAGES)}.")
-    if missing := [name for name in compare or [] if name not in there]:
-        raise BadInput(f"{run} has no model {', '.join(missing)}. It has {', '.join(there)}.")
-    return {name: there[name] for name in compare or list(there)[:1]}
-
-
-def _neighbours(run: Path) -> str:
-    names = sorted(p.name for p in run.parent.glob("*/")) if run.parent.is_dir() else []
-    return f" {run.parent} has {', '.join(names[:20])}." if names else ""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from lmkit.errors import BadInput
 from lmkit.generation import chat as chat_module
-from lmkit.generation.chat import COLUMN_WIDTH, Chat, Voice, find_models, load_voice, pieces, stream, talk
+from lmkit.generation.chat import COLUMN_WIDTH, Chat, Voice, load_voice, pieces, stream, talk
 from lmkit.generation.sampler import sample
 from lmkit.tokenization.chat import render, stop_token_ids
 from lmkit.tokenization.train import train_tokenizer
@@ -265,45 +265,24 @@ def test_answers_stand_side_by_side_where_there_is_room(model, tokenizer, monkey
     assert "sft: the left fox\nppo: the left fox" in narrow
 
 
-# ---------------------------------------------------------------------------------------------------- finding models
+# ----------------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.fixture(scope="module")
-def run(model, tokenizer, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    for stage in ("pretrain", "sft", "ppo"):
-        model.save_pretrained(run / stage / "model")
-        tokenizer.save_pretrained(run / stage / "model")
-    Qwen3ForSequenceClassification(model.config).save_pretrained(run / "reward" / "model")
-    return run
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    model.save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
+    Qwen3ForSequenceClassification(model.config).save_pretrained(folder / "reward")
+    return folder
 
 
-def test_the_latest_model_of_a_run_is_chosen(run):
-    assert find_models(run) == {"ppo": run / "ppo" / "model"}
-    assert find_models(run, ["sft", "ppo"]) == {"sft": run / "sft" / "model", "ppo": run / "ppo" / "model"}
-    assert find_models(run / "sft") == find_models(run / "sft" / "model") == {"sft": run / "sft" / "model"}
-
-
-def test_a_model_folder_loads_and_talks(run):
-    base, tuned = load_voice("pretrain", run / "pretrain" / "model"), load_voice("sft", run / "sft" / "model")
+def test_a_model_folder_loads_and_talks(folder):
+    base, tuned = load_voice("pretrain", folder / "language"), load_voice("sft", folder / "language")
     assert (base.continues, tuned.continues) == (True, False)
     assert say(Chat([tuned], max_new_tokens=4), "a fox")
 
 
-@pytest.mark.parametrize(
-    ("path", "compare", "message"),
-    [
-        ("tini", None, r"tini is not a folder.*has tiny"),
-        ("tiny", ["sft", "dpo"], r"no model dpo. It has ppo, sft, pretrain"),
-        ("tiny/sft", ["sft", "ppo"], r"is one model; --compare sft,ppo needs a run"),
-        (".", None, r"has no model yet. Wanted one of"),
-    ],
-)
-def test_a_wrong_run_says_what_is_there(run, path, compare, message):
-    with pytest.raises(BadInput, match=message):
-        find_models(run.parent / path, compare)
-
-
-def test_a_reward_model_does_not_talk(run):
+def test_a_reward_model_does_not_talk(folder):
     with pytest.raises(BadInput, match="Qwen3ForSequenceClassification, which does not write text"):
-        load_voice("reward", run / "reward" / "model")
+        load_voice("reward", folder / "reward")
