@@ -1,0 +1,74 @@
+"""Loading a model directory with its tokenizer: from the disk only, in float32, after checking that the two fit."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lmkit.errors import BadInput
+
+Device = str | torch.device
+
+
+def load_language_model(
+    path: Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer. Raises BadInput when the directory lacks or mismatches either."""
+    tokenizer = load_tokenizer(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return _matched(model, tokenizer, path).to(device), tokenizer
+
+
+def load_reward_model(
+    path: Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model with one label and its tokenizer.
+
+    From the directory of a language model the head is new: zero, so that every score starts at 0.
+    """
+    tokenizer = load_tokenizer(path)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    if "score.weight" in report["missing_keys"]:
+        torch.nn.init.zeros_(model.score.weight)
+    # The stock forward finds the last token of a padded row by this id.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _matched(model, tokenizer, path).to(device), tokenizer
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; it must have a pad token that is not a stop token."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            f"{path} is not a model directory: it has no config.json. Pass the folder save_pretrained wrote."
+        )
+    if "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        raise BadInput(f"{path / 'config.json'} asks to run code of its own (auto_map), which lmkit does not do.")
+    if not (path / "tokenizer_config.json").is_file():
+        raise BadInput(f"{path} has no tokenizer. Save it there with tokenizer.save_pretrained.")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise BadInput(
+            f"The tokenizer of {path} has {'no pad token' if tokenizer.pad_token_id is None else 'pad = eos'}: a model "
+            "trained with it would not learn to stop. Give it a pad token of its own and save it again."
+        )
+    return tokenizer
+
+
+def _matched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedModel:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"{path} holds a model with {rows:,} token embeddings and a tokenizer with {len(tokenizer):,} tokens; they "
+            "do not belong together. Put the tokenizer the model was trained with there."
+        )
+    return model

@@ -1,0 +1,170 @@
+"""TRL's trainers inside a stage: sealed checkpoints, exact resume, stopping on a signal or a non-finite gradient.
+
+    class SealedSFTTrainer(SealedCheckpoints, SFTTrainer): ...
+    trainer = SealedSFTTrainer(stage, model=model, args=arguments(SFTConfig, train, stage), ...)
+    train(trainer)
+
+What the Hugging Face trainer writes for a checkpoint goes to a staging folder and becomes visible by `seal`, so a kill
+at any moment leaves the checkpoint before it; resuming takes the newest one that verifies.
+"""
+
+import contextlib
+import json
+import math
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from lmkit.artifact import seal
+from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.stage import Stage, latest_checkpoint, rotate
+from lmkit.tracking import Tracker
+
+# What the Hugging Face trainer logs about its own speed; the tracker has the clock.
+UNTRACKED = ("_runtime", "_per_second", "num_tokens", "total_flos", "train_loss", "epoch")
+
+
+def arguments(cls: type, train: dict[str, Any], stage: Stage) -> Any:
+    """The `SFTConfig` or `RewardConfig` of a stage: what fits the device, then `train`, then what the stage decides.
+
+    Without a GPU training is in float32 on the CPU; with one that can, in bfloat16. Raises BadInput when the class
+    refuses the values.
+    """
+    gpu = torch.cuda.is_available()
+    device = {
+        "bf16": gpu and torch.cuda.is_bf16_supported() and not train.get("fp16"),
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+    }
+    decided = {
+        "output_dir": str(stage.directory),
+        "seed": stage.config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "max_length": None,  # rows are given as ids that fit already
+    }
+    try:
+        return cls(**(device | train | decided))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"train: {cls.__name__} refuses these values: {error}") from None
+
+
+class SealedCheckpoints:
+    """Mixed in before a TRL trainer; the first argument is the stage that the checkpoints and metrics belong to."""
+
+    def __init__(self, stage: Stage, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.stage = stage
+        self._staging = None
+        self.remove_callback(PrinterCallback)
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        main, target = self.accelerator.is_main_process, self.stage.checkpoints / f"step-{self.state.global_step:06d}"
+        staging = target.with_name(f".staging-{target.name}")
+        with seal(target) if main else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self._staging = staging
+            super()._save_checkpoint(model, trial)
+            self._staging = None
+            self.accelerator.wait_for_everyone()
+            if main:
+                self._flatten(staging)
+        self.accelerator.wait_for_everyone()
+        if main:
+            rotate(self.stage.checkpoints)
+
+    def _flatten(self, staging):
+        """Moves `checkpoint-120/*` up; the pickled arguments are dropped, since nothing reads them."""
+        written = staging / f"checkpoint-{self.state.global_step}"
+        (written / "training_args.bin").unlink(missing_ok=True)
+        for path in written.iterdir():
+            path.rename(staging / path.name)
+        written.rmdir()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called on every rank between backward and the optimizer's step; a NaN loss anywhere makes it NaN everywhere.
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            step, saved = self.state.global_step + 1, self.stage.checkpoints
+            raise Stopped(
+                f"the gradient of step {step} is not finite, so nothing was updated. Lower --train.learning_rate or "
+                f"look at the data; the last checkpoint is in {saved}."
+            )
+        return norm
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No README.md beside the record: the run's report says what TRL's card would, with numbers."""
+
+
+class _Progress(TrainerCallback):
+    """Passes what the trainer logs to the tracker, and a signal to the trainer."""
+
+    def __init__(self, trainer: SealedCheckpoints, cleanup: contextlib.ExitStack):
+        self.trainer, self.cleanup, self.num_tokens = trainer, cleanup, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        stage = self.trainer.stage
+        tracker = Tracker(
+            stage.directory,
+            total_steps=state.max_steps,
+            start_step=state.global_step,
+            accelerator=self.trainer.accelerator,
+            report_to=stage.config.report_to,
+            description=stage.name,
+        )
+        self.tracker = self.cleanup.enter_context(tracker)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        metrics = {k: v for k, v in logs.items() if not k.endswith(UNTRACKED)}
+        if metrics:
+            tokens = self.trainer._total_train_tokens - self.num_tokens
+            self.num_tokens += tokens
+            self.tracker.log(state.global_step, metrics, tokens=tokens if "loss" in metrics else None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any_process(self.trainer.stage.stop_requested(), self.trainer.accelerator):
+            control.should_save = control.should_training_stop = True
+
+
+def any_process(flag: bool, accelerator: Any) -> bool:
+    """Whether the flag is set on any process; every process has to ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device)).item())
+
+
+def train(trainer: SealedCheckpoints) -> None:
+    """Trains to the last step, from the newest checkpoint that verifies if there is one.
+
+    Raises Interrupted after saving when a signal asked to stop, Stopped when a gradient is not finite.
+    """
+    checkpoint = latest_checkpoint(trainer.stage.checkpoints)
+    if checkpoint is not None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        trainer.stage.say(f"resuming from step {state['global_step']} of {state['max_steps']}")
+        if state["global_step"] == state["max_steps"]:
+            trainer._load_from_checkpoint(str(checkpoint))  # train() would take one step more
+            return
+    set_seed(trainer.args.seed)
+    with contextlib.ExitStack() as cleanup:
+        trainer.add_callback(_Progress(trainer, cleanup))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved.")
+
+
+def save_model(trainer: SealedCheckpoints, artifact: str = "model") -> None:
+    """Seals the trained model with its tokenizer as an artifact of the stage; every process calls it."""
+    stage, main = trainer.stage, trainer.accelerator.is_main_process
+    folder = stage.directory / f".staging-{artifact}"
+    with stage.seal(artifact) if main else contextlib.nullcontext():
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(folder))  # gathers the weights where they are sharded
+        trainer.accelerator.wait_for_everyone()
+        (folder / "training_args.bin").unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""Preferences: pairs of completions sampled from the SFT model and labelled, or pairs that people gave.
+
+Reads   --model and --prompts, two completions each, labelled by --labeler; or --data, pairs that are given
+Writes  output_dir/data: a DatasetDict (train, heldout; no prompt in both) of prompt, chosen, rejected
+
+A labeler scores completions; a simulated annotator prefers one of two with probability sigmoid(gap of scores /
+temperature) and errs in a share `flip` of the labels. The columns score_chosen and score_rejected are for the record;
+nothing trains on them.
+
+    python recipes/preferences.py --num_pairs 2000 --flip 0.1
+"""
+
+from pathlib import Path
+
+from lmkit.config import StageConfig, knob, setting, source
+from lmkit.errors import Interrupted
+from lmkit.stage import Stage, is_main, run
+
+
+class PreferencesConfig(StageConfig):
+    output_dir: Path = knob(Path("runs/tiny/preferences"), "where the stage writes")
+    data: str | list[str] | None = source(None, "given pairs (prompt, chosen, rejected); empty: sample and label")
+    mapping: dict[str, str] = setting({}, "columns of the files to prompt, chosen and rejected, where not recognised")
+    model: Path | None = source(Path("runs/tiny/sft/model"), "model whose completions are compared")
+    prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to sample for")
+    num_pairs: int = setting(4000, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
+    max_new_tokens: int = setting(128, "longest completion in tokens", gt=0)
+    temperature: float = setting(1.0, "temperature of sampling", gt=0)
+    batch_size: int = knob(256, "completions sampled at a time", gt=1)
+    labeler: str = source("lmkit.evaluation.label:gold", "what scores completions: module:function, or a reward model")
+    annotator_temperature: float = setting(1.0, "temperature of the annotator; 0 always takes the better", ge=0)
+    flip: float = setting(0.05, "share of labels turned round", ge=0, lt=0.5)
+    heldout_fraction: float = setting(0.1, "share of prompts whose pairs are held out", gt=0, lt=1)
+
+
+def main(config: PreferencesConfig) -> Path:
+    stage = Stage("preferences", config)
+    if stage.finished:
+        return stage.directory
+    from accelerate import PartialState
+    from datasets import DatasetDict
+
+    from lmkit.data.sources import load_pairs
+    from lmkit.evaluation.label import heldout_rows
+
+    with stage:
+        if config.data is not None:
+            rows, facts = load_pairs(config.data, config.mapping), {}
+        else:
+            rows, facts = sample_pairs(config, stage, PartialState())
+        held = heldout_rows([str(prompt) for prompt in rows["prompt"]], config.heldout_fraction, config.seed)
+        pairs = DatasetDict(train=rows.select((~held).nonzero()[0]), heldout=rows.select(held.nonzero()[0]))
+        facts = {"given": config.data is not None, **facts, **{f"num_{name}": len(pairs[name]) for name in pairs}}
+        stage.say("preferences: " + ", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+        first = pairs["train"][0]
+        stage.say(f"sample: {first['prompt']}\n  chosen:   {first['chosen']}\n  rejected: {first['rejected']}")
+        if is_main():
+            with stage.seal("data") as folder:
+                pairs.save_to_disk(folder)
+        stage.finish(facts)
+    return stage.directory
+
+
+def sample_pairs(config: PreferencesConfig, stage: Stage, state):
+    """Rows of labelled pairs sampled from the model, and facts about them."""
+    from lmkit.data.sources import load_prompts
+    from lmkit.evaluation.label import label_pairs, scorer
+    from lmkit.generation.complete import complete_shared
+    from lmkit.models.load import load_language_model
+    from lmkit.tracking import Tracker
+
+    score = scorer(config.labeler, state.device)
+    model, tokenizer = load_language_model(config.model, state.device)
+    available = load_prompts(config.prompts)["prompt"]
+    prompts = [available[i % len(available)] for i in range(config.num_pairs)]
+
+    with Tracker(stage.directory, total_steps=2 * len(prompts), description=stage.name) as tracker:
+
+        def progress(done: int, tokens: int) -> None:
+            tracker.log(done, {"completions": done}, tokens=tokens)
+            if stage.stop_requested():
+                raise Interrupted(f"stopped after {done} of {2 * len(prompts)} completions; they are sampled anew.")
+
+        completions = complete_shared(
+            model,
+            tokenizer,
+            [prompt for prompt in prompts for _ in range(2)],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            state=state,
+            progress=progress,
+        )
+    texts = [completion.text for completion in completions]
+    rows, facts = label_pairs(prompts, texts, score, config.annotator_temperature, config.flip, config.seed)
+    facts["eos_rate"] = sum(completion.finished for completion in completions) / len(completions)
+    facts["completion_tokens"] = sum(len(completion.ids) for completion in completions) / len(completions)
+    return rows, facts
+
+
+if __name__ == "__main__":
+    run(main, PreferencesConfig, __doc__)

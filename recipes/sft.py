@@ -1,0 +1,118 @@
+"""Supervised fine-tuning: from a pretrained model and demonstrations to a model that answers and stops.
+
+Reads   --model (a pretrained model with its tokenizer), --data (rows with a prompt and a completion)
+Writes  output_dir/model, metrics.jsonl, samples.jsonl
+
+    python recipes/sft.py --train.learning_rate 5e-4
+    accelerate launch recipes/sft.py --config my.yaml
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import field_validator, model_validator
+
+from lmkit.config import StageConfig, knob, setting, source
+from lmkit.stage import Stage, run
+from lmkit.training.train_block import check_train_block
+
+DATA, EVAL_DATA = "data/tales/sft.jsonl.gz", "data/tales/sft.validation.jsonl.gz"
+TRAIN = {
+    "max_steps": 300,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.0,
+    "gradient_checkpointing": False,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "save_steps": 100,
+}
+
+
+class SFTStageConfig(StageConfig):
+    output_dir: Path = knob(Path("runs/tiny/sft"), "where the stage writes")
+    model: Path = source(Path("runs/tiny/pretrain/model"), "pretrained model directory")
+    data: str | list[str] = source(DATA, "demonstrations: files, a folder, or hub:NAME@REVISION")
+    eval_data: str | list[str] | None = source(EVAL_DATA, "held-out demonstrations; of data of your own: a share")
+    eval_fraction: float = setting(0.05, "the share held out when no eval_data is given", gt=0, lt=1)
+    mapping: dict[str, str] = setting({}, "columns of the files to prompt and completion, where not recognised")
+    max_length: int = setting(256, "longest row in tokens", gt=0)
+    on_truncation: str = setting(
+        "error", "rows over max_length: error above 1 %, drop, or cut", pattern="error|drop|cut"
+    )
+    train: dict[str, Any] = setting(TRAIN, "options of trl.SFTConfig")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_data_is_not_judged_by_tales(cls, values: dict) -> dict:
+        own = values.get("data", DATA) != DATA and values.get("eval_data") == EVAL_DATA
+        return values | {"eval_data": None} if own else values
+
+    @field_validator("train")
+    @classmethod
+    def _known(cls, train: dict) -> dict:
+        return check_train_block(train, "SFTConfig")
+
+
+def main(config: SFTStageConfig) -> Path:
+    stage = Stage("sft", config)
+    if stage.finished:
+        return stage.directory
+    from trl import SFTConfig, SFTTrainer
+
+    from lmkit.data.encode import encode_demonstrations, show_counts
+    from lmkit.data.sources import load_demonstrations
+    from lmkit.generation.complete import complete
+    from lmkit.models.load import load_language_model
+    from lmkit.tokenization.chat import stop_token_ids
+    from lmkit.tracking import append
+    from lmkit.training.sealed import SealedCheckpoints, arguments, save_model, train
+
+    class Trainer(SealedCheckpoints, SFTTrainer):
+        pass
+
+    with stage:
+        model, tokenizer = load_language_model(config.model)
+        model.generation_config.update(
+            do_sample=True, eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
+        )
+        rows = load_demonstrations(config.data, config.mapping)
+        if config.eval_data is None:
+            split = rows.train_test_split(config.eval_fraction, seed=config.seed)
+            rows, eval_rows = split["train"], split["test"]
+        else:
+            eval_rows = load_demonstrations(config.eval_data, config.mapping)
+        dataset, counts = encode_demonstrations(rows, tokenizer, config.max_length, config.on_truncation)
+        eval_dataset, eval_counts = encode_demonstrations(eval_rows, tokenizer, config.max_length, config.on_truncation)
+        stage.say(show_counts("demonstrations", counts))
+        stage.say(show_counts("held out", eval_counts))
+
+        trainer = Trainer(
+            stage,
+            model=model,
+            args=arguments(SFTConfig, config.train, stage),
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+        )
+        train(trainer)
+        metrics = {"eval_loss": trainer.evaluate()["eval_loss"], **{f"rows/{k}": v for k, v in counts.items()}}
+        prompt = eval_rows[0]["prompt"]
+        sample = complete(model, tokenizer, [prompt], max_new_tokens=config.max_length // 2, seed=config.seed)[0]
+        stage.say(f"sft: held-out loss {metrics['eval_loss']:.4f} after {trainer.state.global_step} steps")
+        stage.say(f"sample: {prompt} -> {sample.text}")
+        append(
+            stage.directory / "samples.jsonl",
+            [{"step": trainer.state.global_step, "prompt": prompt, "completion": sample.text}],
+        )
+        save_model(trainer)
+        stage.finish(metrics)
+    return stage.directory
+
+
+if __name__ == "__main__":
+    run(main, SFTStageConfig, __doc__)
