@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lmkit.config import BadInput
+from lmkit.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Completions:
         return self.tokens[row, : self.lengths[row]].tolist()
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -75,7 +74,9 @@ def sample(
         for start in range(0, len(order), batch_size):
             rows = torch.tensor(order[start : start + batch_size])
             batch = [prompts[row] for row in rows.tolist()]
-            drawn = _sample_batch(model, batch, None if uniforms is None else uniforms[rows], stops, max_new_tokens, choice)
+            drawn = _sample_batch(
+                model, batch, None if uniforms is None else uniforms[rows], stops, max_new_tokens, choice
+            )
             tokens[rows], logprobs[rows], lengths[rows] = (part.cpu() for part in drawn)
     finally:
         model.train(training)
@@ -103,6 +104,7 @@ def _check(model, prompts, max_new_tokens, temperature, generator):
         )
 
 
+@torch.inference_mode()
 def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
     """Tokens [B, C], logprobs [B, C] and lengths [B] for one batch. Left padding lives only in here."""
     device = model.device
@@ -158,7 +160,9 @@ class _ReservedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.reserved = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)]
+            self.reserved = [
+                new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)
+            ]
         seen = self.get_seq_length()
         for memory, new in zip(self.reserved, (key_states, value_states), strict=True):
             memory[:, :, seen : seen + new.shape[2]] = new

@@ -37,7 +37,8 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     """A score for every prefix: float32 [B, T], the head of a sequence-classification model at each token.
 
     `input_ids` is [B, T]. Right padding needs no `attention_mask`, because no real token of a causal model sees what
-    follows it; left padding does. Scores at padding are meaningless.
+    follows it; left padding does. Scores at padding are meaningless. A stock head has no bias, so the mean score that
+    centring removes lies in the model's `config.json` as `score_mean`; other readers of the directory see it added.
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -47,7 +48,7 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
             "with num_labels=1."
         )
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    scores = project(hidden, head.weight)
+    scores = project(hidden, head.weight) - getattr(model.config, "score_mean", 0.0)
     return scores if head.bias is None else scores + head.bias.float()
 
 

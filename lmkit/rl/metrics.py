@@ -1,0 +1,137 @@
+"""What a rollout says about the run: KL, scores, lengths, entropy, critic; and warnings that name the likely cause."""
+
+import torch
+from accelerate import Accelerator
+
+from lmkit.rl.config import PPOConfig
+from lmkit.rl.kl import kl_per_token
+from lmkit.rl.rollout import Rollout
+
+NGRAM = 4
+RATIO_TOLERANCE = {False: 1e-4, True: 5e-2}  # of the first mini-batch's log ratio, by whether forwards are in bfloat16
+
+
+def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float, accelerator: Accelerator) -> dict:
+    """Means over the completions or tokens of all processes, under TRL's names with "completion" for "response".
+
+    objective/kl and objective/entropy are sums over a completion's tokens, in nats; policy/entropy_avg is per token.
+    """
+    mask = rollout.mask
+    k1 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k1")
+    k3 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k3")
+    lengths, stopped = rollout.completion_lengths, rollout.stopped
+    mismatch = ((rollout.sampled_logprobs - rollout.logprobs).abs() * mask).double()
+    totals = rollout.prompt_lengths + lengths
+    completions = [tuple(ids[:n]) for ids, n in zip(rollout.completion_ids.tolist(), lengths.tolist())]
+    sums = {
+        "rows": len(lengths),
+        "tokens": lengths.sum(),
+        "kl": (k1 * mask).sum(),
+        "kl_k3": (k3 * mask).sum(),
+        "surprisal": -rollout.logprobs.sum(),
+        "entropy": rollout.entropies.sum(),
+        "scores": rollout.scores.sum(),
+        "scores_squared": (rollout.scores.double() ** 2).sum(),
+        "stopped": stopped.sum(),
+        "values": rollout.values.sum(),
+        "mismatch": mismatch.sum(),
+        "places": totals.max() * len(totals),
+        "filled": totals.sum(),
+        "distinct": len(set(completions)),
+        "repeated": sum(repeated_ngrams(ids) for ids in completions),
+    }
+    total = _reduced(sums, accelerator)
+    rows, tokens = total["rows"], total["tokens"]
+    score, kl = total["scores"] / rows, total["kl"] / rows
+    penalised = score - missing_eos_penalty * (1 - total["stopped"] / rows)
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": total["kl_k3"] / rows,
+        "objective/entropy": total["surprisal"] / rows,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": penalised - kl_coef * kl,
+        "objective/scores": score,
+        "objective/scores_std": max(total["scores_squared"] / rows - score**2, 0.0) ** 0.5,
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": total["entropy"] / tokens,
+        "val/mean": total["values"] / tokens,
+        "val/num_eos_tokens": total["stopped"],
+        "rollout/completion_length_mean": tokens / rows,
+        "rollout/completion_length_max": _largest(lengths.max(), accelerator),
+        "rollout/eos_rate": total["stopped"] / rows,
+        "rollout/truncated_rate": 1 - total["stopped"] / rows,
+        "rollout/pad_waste": 1 - total["filled"] / total["places"],
+        "rollout/unique_frac": total["distinct"] / rows,
+        "rollout/repeat_ngram": total["repeated"] / rows,
+        "sampling/logprob_diff_mean": total["mismatch"] / tokens,
+        "sampling/logprob_diff_max": _largest(mismatch.max(), accelerator),
+    }
+
+
+def explained_variance(rollout: Rollout, returns: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
+    """val/explained_var: 1 - variance of (returns - values) / variance of returns, over all counted tokens."""
+    mask = rollout.mask
+    wanted, error = returns[mask].double(), (returns - rollout.values)[mask].double()
+    sums = {"n": len(wanted), "x": wanted.sum(), "xx": (wanted**2).sum(), "e": error.sum(), "ee": (error**2).sum()}
+    total = _reduced(sums, accelerator)
+    variance = total["xx"] / total["n"] - (total["x"] / total["n"]) ** 2
+    unexplained = total["ee"] / total["n"] - (total["e"] / total["n"]) ** 2
+    return {"val/explained_var": 1 - unexplained / variance if variance > 0 else 0.0}
+
+
+def repeated_ngrams(ids: tuple[int, ...], size: int = NGRAM) -> float:
+    """Share of a completion's n-grams that occurred before in it.
+
+    >>> repeated_ngrams((1, 2, 1, 2, 1), size=2)
+    0.5
+    """
+    ngrams = [ids[i : i + size] for i in range(len(ids) - size + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def warnings(metrics: dict[str, float], config: PPOConfig) -> dict[str, str]:
+    """What looks broken in an iteration, by kind: the number seen and its likely cause."""
+    found = {}
+    ratio_error = metrics["val/first_ratio_error"]
+    if ratio_error > RATIO_TOLERANCE[config.bf16]:
+        found["ratio"] = (
+            f"the first mini-batch's log ratio reaches {ratio_error:.2g} where it should be 0: old log-probabilities and "
+            "the training forward disagree (dropout, precision, or a model that depends on its padding)"
+        )
+    if metrics["objective/kl"] < 0 and metrics["objective/kl_k3"] > 1:
+        found["kl"] = (
+            f"the mean KL is {metrics['objective/kl']:.2f}, which cannot be: completions are not drawn from the policy that "
+            "is scored (temperature, or a sampler that differs from it)"
+        )
+    if metrics["val/ratio_max"] > 10:
+        found["step"] = (
+            f"a token's probability moved {metrics['val/ratio_max']:.0f}-fold in one iteration: lower learning_rate or "
+            "num_ppo_epochs"
+        )
+    if metrics["rollout/truncated_rate"] > 0.5:
+        found["truncated"] = (
+            f"{metrics['rollout/truncated_rate']:.0%} of the completions never stop: raise max_new_tokens, or look whether "
+            "the SFT model learnt its stop token"
+        )
+    return found
+
+
+def guard(metrics: dict[str, float], config: PPOConfig) -> str | None:
+    """The limit that a rollout breaks, as a sentence; None when all hold."""
+    kl, eos, entropy = (metrics[k] for k in ("objective/kl", "rollout/eos_rate", "policy/entropy_avg"))
+    if config.guard_max_kl is not None and not kl <= config.guard_max_kl:
+        return f"KL {kl:.3g} nats per completion is above guard_max_kl {config.guard_max_kl}; raise kl_coef"
+    if config.guard_min_eos_rate is not None and not eos >= config.guard_min_eos_rate:
+        return f"the share of ended completions {eos:.3g} is below guard_min_eos_rate; raise missing_eos_penalty"
+    if config.guard_min_entropy is not None and not entropy >= config.guard_min_entropy:
+        return f"entropy {entropy:.3g} nats per token is below guard_min_entropy; raise kl_coef or entropy_coef"
+    return None
+
+
+def _reduced(sums: dict, accelerator: Accelerator) -> dict[str, float]:
+    packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=accelerator.device)
+    return dict(zip(sums, accelerator.reduce(packed, reduction="sum").tolist()))
+
+
+def _largest(value: torch.Tensor, accelerator: Accelerator) -> float:
+    return accelerator.gather(value.float().to(accelerator.device).reshape(1)).max().item()

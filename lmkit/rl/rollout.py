@@ -1,0 +1,139 @@
+"""The batch that PPO learns from, and its collection: sampling, then scoring by policy, reference, critic and reward.
+
+Shapes: B rows, P prompt tokens, C completion tokens, T tokens of prompt and completion together, N counted completion
+tokens of some rows, in row order.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lmkit.generation.sampler import Completions
+
+Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled and scored completions. Prompts and completions are each right-padded; every mask comes from lengths.
+
+    prompt_ids: int64 [B, P]; prompt_lengths: int64 [B].
+    completion_ids: int64 [B, C]; completion_lengths: int64 [B], the stop token included.
+    sampled_logprobs: [B, C], as the sampler saw them. logprobs: [B, C], recomputed by the function that trains.
+    ref_logprobs: [B, C], of the reference. values: [B, C], V before each token. entropies: [B, C], of the policy there.
+    scores: [B], by the reward, nothing added. finish_reasons: "stop" or "length" of each row.
+    Floats are float32 and 0 at padding.
+    """
+
+    prompt_ids: Tensor
+    prompt_lengths: Tensor
+    completion_ids: Tensor
+    completion_lengths: Tensor
+    sampled_logprobs: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    scores: Tensor
+    finish_reasons: list[str]
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, C]: True at completion tokens, the stop token included."""
+        return torch.arange(self.completion_ids.shape[1]) < self.completion_lengths[:, None]
+
+    @property
+    def stopped(self) -> Tensor:
+        """bool [B]: True where the completion ended with a stop token."""
+        return torch.tensor([reason == "stop" for reason in self.finish_reasons])
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The rows of `index`, cut to the longest completion among them."""
+        longest = int(self.completion_lengths[index].max())
+        part = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                part[field.name] = [value[i] for i in index.tolist()]
+            else:
+                per_token = value.ndim == 2 and field.name != "prompt_ids"
+                part[field.name] = value[index, :longest] if per_token else value[index]
+        return Rollout(**part)
+
+    def model_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ActorCritic` reads: input_ids [B, T], before [B, T] and targets [N]. The last token is not an input."""
+        lengths = self.prompt_lengths + self.completion_lengths
+        columns = torch.arange(int(lengths.max()))
+        after_prompt = columns - self.prompt_lengths[:, None]
+        from_completion = after_prompt.clamp(min=0) + self.prompt_ids.shape[1]
+        source = torch.where(after_prompt < 0, columns, from_completion)
+        joined = torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+        input_ids = joined.gather(1, source.clamp(max=joined.shape[1] - 1))
+        before = (after_prompt >= -1) & (after_prompt < self.completion_lengths[:, None] - 1)
+        return input_ids[:, :-1], before[:, :-1], self.completion_ids[self.mask]
+
+    def per_token(self, counted: Tensor) -> Tensor:
+        """Numbers at the counted tokens, [N] in row order, laid out as [B, C] with 0 at padding."""
+        mask = self.mask.to(counted.device)
+        return torch.zeros(mask.shape, device=counted.device).masked_scatter(mask, counted.float())
+
+
+def by_length(rollout: Rollout, batch_size: int) -> list[Tensor]:
+    """Row numbers in groups of at most `batch_size`, rows of like length together so that little is padded."""
+    order = (rollout.prompt_lengths + rollout.completion_lengths).argsort(stable=True, descending=True)
+    return list(order.split(batch_size))
+
+
+def unscored(prompts: list[list[int]], completions: Completions) -> Rollout:
+    """A rollout of sampled completions with zeros where the models' numbers will stand."""
+    width = max(len(prompt) for prompt in prompts)
+    nothing = torch.zeros_like(completions.logprobs)
+    return Rollout(
+        prompt_ids=torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
+        completion_ids=completions.tokens,
+        completion_lengths=completions.lengths,
+        sampled_logprobs=completions.logprobs,
+        logprobs=nothing,
+        ref_logprobs=nothing,
+        values=nothing,
+        entropies=nothing,
+        scores=torch.zeros(len(prompts)),
+        finish_reasons=completions.finish_reasons,
+    )
+
+
+@torch.no_grad()
+def collect(
+    prompts: list[list[int]],
+    draw: Callable[[list[list[int]]], Completions],
+    forward: Forward,
+    ref_forward: Forward,
+    reward: Callable[[list[list[int]]], Tensor],
+    batch_size: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """A rollout, and the seconds spent in sampling ("rollout"), the reward ("reward") and the models ("score").
+
+    draw: prompts -> completions. forward: model inputs -> logprobs, values, entropies, each [N]; ref_forward: -> logprobs.
+    reward: completion ids of all rows, stop tokens included -> scores [B]. Forwards take `batch_size` rows at once.
+    """
+    clock = [time.perf_counter()]
+    rollout = unscored(prompts, draw(prompts))
+    clock.append(time.perf_counter())
+    lengths = rollout.completion_lengths.tolist()
+    scores = reward([ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), lengths)])
+    clock.append(time.perf_counter())
+    names = ("logprobs", "values", "entropies", "ref_logprobs")
+    tables = {name: torch.zeros_like(rollout.logprobs) for name in names}
+    for index in by_length(rollout, batch_size):
+        part = rollout.rows(index)
+        inputs = part.model_inputs()
+        for name, counted in zip(names, (*forward(*inputs), *ref_forward(*inputs))):
+            table = part.per_token(counted.cpu())
+            tables[name][index, : table.shape[1]] = table
+    clock.append(time.perf_counter())
+    seconds = {name: clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "score"))}
+    return replace(rollout, scores=scores, **tables), seconds
