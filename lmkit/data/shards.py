@@ -1,7 +1,8 @@
-"""A corpus as token ids in flat files that are read through the memory map: written once, by many processes, in any size.
+"""A corpus as token ids in flat, memory-mapped files: written once, by many processes, in any size.
 
-A split is a folder: `tokens.bin` (uint16 below 65,536 ids, else uint32), `documents.bin` (int64, where each document starts, and the
-total), `meta.json` (counts, and the sha256 of the tokenizer). Every document ends with the end-of-text token.
+A split is a folder: `tokens.bin` (uint16 up to 65,536 ids, else uint32), `documents.bin` (int64, where each document
+starts, and the total), `meta.json` (counts, and the sha256 of the tokenizer). Every document ends with the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Shards:
     """One split of an encoded corpus, memory-mapped.
 
     tokens: ids [num_tokens], read-only. document_offsets: int64 [num_documents + 1]; document i is
-    `tokens[document_offsets[i]:document_offsets[i + 1]]`, its end-of-text token included. num_bytes: UTF-8 bytes of the text,
-    which is what bits per byte divides by.
+    `tokens[document_offsets[i]:document_offsets[i + 1]]`, its end-of-text token included. num_bytes: UTF-8 bytes of
+    the text, which is what bits per byte divides by.
     """
 
     tokens: np.ndarray
@@ -71,8 +72,9 @@ class Shards:
         if (found := tokenizer_sha256(tokenizer)) != self.meta["tokenizer_sha256"]:
             raise BadInput(
                 f"The token shards were encoded by another tokenizer (sha256 {self.meta['tokenizer_sha256'][:12]}, "
-                f"{self.meta['vocab_size']} ids) than {tokenizer.name_or_path} ({found[:12]}, {len(tokenizer)} ids). Encode the "
-                "corpus with this tokenizer (`python recipes/tokenizer.py --tokenizer DIR`), or give the one it was made with."
+                f"{self.meta['vocab_size']} ids) than {tokenizer.name_or_path or 'the one given'} ({found[:12]}, "
+                f"{len(tokenizer)} ids). Encode the corpus with this one "
+                "(`python recipes/tokenizer.py --tokenizer DIR`), or give the one the shards were made with."
             )
 
 
@@ -94,9 +96,9 @@ def write_shards(
 ) -> Shards:
     """Encodes documents into the folder `directory`, each followed by the tokenizer's end-of-text token.
 
-    The ids are the tokenizer's for plain text: the name of a special token in a document is spelled out. The result does not
-    depend on `num_processes`, and memory does not depend on the size of the corpus. Blank documents are left out; BadInput
-    when nothing is left, or when the tokenizer has no end-of-text token.
+    The ids are the tokenizer's for plain text: the name of a special token in a document is spelled out. The result
+    does not depend on `num_processes`, and memory does not depend on the size of the corpus. Blank documents are left
+    out; BadInput when nothing is left, or when the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise BadInput(f"The tokenizer {tokenizer.name_or_path} has no eos_token to put between documents. Set one.")

@@ -1,11 +1,12 @@
 """Byte-level BPE: its split expressions, its byte table, and its exact twin in tiktoken for encoding corpora fast.
 
-`make_encoder` turns plain text into ids several times faster than `tokenizers` where a tokenizer is a byte-level BPE, with the
-same ids (`fast_is_exact` checks), and leaves everything else to `tokenizers`.
+`make_encoder` turns plain text into ids several times faster than `tokenizers` where a tokenizer is a byte-level BPE,
+with the same ids (`fast_is_exact` checks), and leaves everything else to `tokenizers`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -21,12 +22,14 @@ SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _COMMON,
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _COMMON,
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+",
 }
 MAX_WORD = 512  # characters: merging takes time quadratic in the length of a word
 _CAP = rf"[\s\S]{{{MAX_WORD}}}"
-# Any word longer than the cap has half of it of one class; a document with such a run is left to `tokenizers`.
-_LONG_RUN = rf"[^\W_]{{{MAX_WORD // 2}}}|\s{{{MAX_WORD // 2}}}|(?:(?![^\W_])\S){{{MAX_WORD // 2}}}"
+_HALF = MAX_WORD // 2  # of a word longer than the cap is of one class: letters and digits, spaces, or the rest
+_CLASSES = r"[^\W_]{{{0}}}|\s{{{0}}}|(?:(?![^\W_])\S){{{0}}}"
+_LONG_RUN, _PART_OF_RUN = re.compile(_CLASSES.format(_HALF)), re.compile(_CLASSES.format(_HALF // 2))
 
 # byte -> the printable character that stands for it in a byte-level vocabulary (GPT-2's table)
 _PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -59,6 +62,17 @@ def byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], s
     return backend
 
 
+def has_long_word(text: str) -> bool:
+    """Whether the cap of 512 characters may cut a word of `text`; never False where it does.
+
+    >>> has_long_word("a" * 600), has_long_word("a word " * 600)
+    (True, False)
+    """
+    # A long run covers a whole stretch between two of these places, so that most of the text need not be read.
+    stretches = range(0, len(text), _HALF // 2)
+    return any(map(_PART_OF_RUN.match, itertools.repeat(text), stretches)) and bool(_LONG_RUN.search(text))
+
+
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
 
@@ -80,18 +94,16 @@ def make_encoder(tokenizer_json: str, fast: bool) -> Encoder:
     twin = _tiktoken_twin(spec) if fast else None
     if twin is None:
         return encode_exactly
-    names = [re.escape(token["content"]) for token in spec["added_tokens"] if not token["special"]]
-    left_over = re.compile("|".join([_LONG_RUN, *names]))
+    names = [token["content"] for token in spec["added_tokens"] if not token["special"]]
 
-    def encode_fast(texts: list[str]) -> list[np.ndarray]:
+    def encode_one(text: str) -> np.ndarray:
         if backend.normalizer is not None:
-            texts = [backend.normalizer.normalize_str(text) for text in texts]
-        return [
-            encode_exactly([text])[0] if left_over.search(text) else twin.encode_to_numpy(text, disallowed_special=())
-            for text in texts
-        ]
+            text = backend.normalizer.normalize_str(text)
+        if has_long_word(text) or any(name in text for name in names):
+            return encode_exactly([text])[0]
+        return twin.encode_to_numpy(text, disallowed_special=())
 
-    return encode_fast
+    return lambda texts: [encode_one(text) for text in texts]
 
 
 def fast_is_exact(tokenizer_json: str, sample: Sequence[str]) -> bool:

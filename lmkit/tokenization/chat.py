@@ -1,7 +1,7 @@
 """Where text becomes token ids: special tokens, the chat template, prompts and completions.
 
-Every stage that turns a conversation into ids (SFT, reward model, PPO, evaluation, chat) goes through `render`, so that all
-of them see the same ids, and so that text from a user, a corpus or a model can never become a special token.
+Every stage that turns a conversation into ids (SFT, reward model, PPO, evaluation, chat) goes through `render`, so that
+all of them see the same ids, and so that text from a user, a corpus or a model can never become a special token.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD, *[f"<|reserved_{
 
 ROLES = ("system", "user", "assistant")
 
-# ChatML. The line break stands before a turn, not after it, so that a conversation ends with <|im_end|>: its ids are exactly
-# those of the prompt followed by those of the completion.
+# ChatML. The line break stands before a turn, not after it, so that a conversation ends with <|im_end|>: its ids are
+# exactly those of the prompt followed by those of the completion.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -55,8 +55,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids.append(tokenizer.eos_token_id)
     if not ids:
         raise BadInput(
-            f"The tokenizer {tokenizer.name_or_path} has neither an eos_token nor a chat template that closes a turn with "
-            "a special token, so nothing can end a completion. Set its eos_token and save it again."
+            f"The tokenizer {tokenizer.name_or_path} has neither an eos_token nor a chat template that closes a turn "
+            "with a special token, so nothing can end a completion. Set its eos_token and save it again."
         )
     return list(dict.fromkeys(ids))
 
@@ -99,7 +99,7 @@ def _render_plain(tokenizer, messages: list[dict], answer: str | None) -> tuple[
         raise BadInput(
             f"The tokenizer {tokenizer.name_or_path} has no chat template, and the prompt is a conversation of "
             f"{len(messages)} messages ({', '.join(m['role'] for m in messages)}). Give the prompt as text, or use a "
-            "tokenizer with a chat template (`lmkit.tokenization.chat.CHAT_TEMPLATE` needs <|im_start|> and <|im_end|>)."
+            "tokenizer with a chat template (lmkit.tokenization.chat.CHAT_TEMPLATE needs <|im_start|> and <|im_end|>)."
         )
     # Some tokenizers open every text with a token of their own (Llama's <s>).
     opening = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id != tokenizer.eos_token_id]

@@ -6,20 +6,22 @@ A tokenizer cannot be changed once a model has learnt it, so everything that wou
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmkit.errors import BadInput
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, byte_level_tokenizer
-from lmkit.tokenization.chat import CHAT_TEMPLATE, END_OF_TEXT, PAD, SPECIAL_TOKENS
+from lmkit.tokenization.chat import CHAT_TEMPLATE, END_OF_TEXT, NUM_RESERVED, PAD, SPECIAL_TOKENS
 
 Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
-SplitName = Literal["qwen2", "gpt2", "gpt4", "llama3"]
+Trainer = Literal["auto", "tokenizers", "rustbpe"]
 
 MULTIPLE = 128  # of the vocabulary, so that the matrices of a model have a fast shape
 MIN_VOCAB = -(-(256 + len(SPECIAL_TOKENS)) // MULTIPLE) * MULTIPLE
@@ -27,48 +29,70 @@ SPECIAL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]*[A-Za-z0-9][A-Za-z0-9_]*\|>")
 
 
 def train_tokenizer(
-    documents: Iterable[str],
+    read: Callable[[], Iterable[str]],
     *,
     vocab_size: int,
     kind: Kind = "bpe",
-    split: SplitName = "qwen2",
+    split: str = "qwen2",
     nfc: bool = False,
     max_token_length: int | None = None,
     min_frequency: int = 2,
     special_tokens: Iterable[str] = (),
     allow_smaller_vocab: bool = False,
+    trainer: Trainer = "auto",
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on `documents`, which are read once and never held in memory together.
+    """A tokenizer trained on the documents that `read()` yields; they are never held in memory together.
 
     Args:
+        read: starts one pass over the documents. A second pass is made only when rustbpe had to be given up.
         vocab_size: total number of ids, special tokens included; a multiple of 128.
         kind: byte-level BPE, or a SentencePiece model with byte fallback.
-        split: how BPE cuts text into words first; a name of `SPLITS`.
+        split: how BPE cuts text into words first; a name of `byte_level.SPLITS`.
         nfc: normalise text to Unicode NFC first; the round trip is then exact only for text in NFC.
         max_token_length: longest token in characters (for BPE, bytes); None for no limit.
         min_frequency: a pair seen less often is not merged (BPE).
         special_tokens: up to 16 names of the shape <|name|>; they take the places of the reserved tokens.
-        allow_smaller_vocab: accept what the corpus supports; the total is then filled with reserved tokens up to the next
-            multiple of 128.
+        allow_smaller_vocab: accept what the corpus supports; the total is then filled with reserved tokens up to the
+            next multiple of 128.
+        trainer: who counts and merges (BPE). "auto" is rustbpe, which gives the same merges several times faster, where
+            it is installed and there is no max_token_length; else tokenizers.
 
     Raises BadInput for an impossible size, an empty corpus or an unusable special token.
     """
     specials = special_token_list(special_tokens)
     check_vocab_size(vocab_size)
-    documents = _not_empty(documents)
     if kind == "bpe":
-        backend = _byte_level_bpe(documents, vocab_size, SPLITS[split], nfc, max_token_length, min_frequency, specials)
+        backend = _byte_level_bpe(
+            read, vocab_size, SPLITS[split], nfc, max_token_length, min_frequency, specials, trainer
+        )
     else:
-        from lmkit.tokenization.sentencepiece import train_sentencepiece
+        from lmkit.tokenization.sentencepiece_trainer import train_sentencepiece
 
-        backend = train_sentencepiece(documents, vocab_size, kind, nfc, max_token_length, specials)
+        backend = train_sentencepiece(not_empty(read()), vocab_size, kind, nfc, max_token_length, specials)
     reached = backend.get_vocab_size()
     if reached < vocab_size and not allow_smaller_vocab:
+        possible = reached // MULTIPLE * MULTIPLE
+        lower = f"Set vocab_size to {possible}, give" if possible >= MIN_VOCAB else "Give"
         raise BadInput(
-            f"The corpus supports a vocabulary of {reached}, not {vocab_size}: no further pair is frequent enough. Set "
-            f"vocab_size to {max(MIN_VOCAB, reached // MULTIPLE * MULTIPLE)}, give more text, or set allow_smaller_vocab."
+            f"The corpus supports a vocabulary of {reached}, not {vocab_size}: no more is frequent enough. {lower} "
+            "more text, or set allow_smaller_vocab to true."
         )
     return wrap(backend, specials)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer directory made elsewhere, checked for what a model needs: an end of text, and another pad."""
+    path = Path(path)
+    if not (path / "tokenizer.json").is_file():
+        raise BadInput(f"{path} has no tokenizer.json. Give a directory that tokenizer.save_pretrained wrote.")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise BadInput(
+            f"The tokenizer in {path} has eos_token {tokenizer.eos_token!r} and pad_token {tokenizer.pad_token!r}; "
+            "wanted both, and different: a model whose padding is its end never learns to stop. Add one with "
+            "tokenizer.add_special_tokens and save it again."
+        )
+    return tokenizer
 
 
 def special_token_list(names: Iterable[str] = ()) -> list[str]:
@@ -78,35 +102,34 @@ def special_token_list(names: Iterable[str] = ()) -> list[str]:
     ['<|im_end|>', '<|pad|>', '<|tool|>', '<|reserved_1|>']
     """
     names = list(names)
-    num_fixed = len(SPECIAL_TOKENS) - 16
-    if len(names) > 16:
-        raise BadInput(f"{len(names)} special tokens were given; there are 16 reserved places. Give 16 or fewer.")
+    fixed, reserved = SPECIAL_TOKENS[:-NUM_RESERVED], SPECIAL_TOKENS[-NUM_RESERVED:]
+    if len(names) > NUM_RESERVED:
+        raise BadInput(f"{len(names)} special tokens were given; there are {NUM_RESERVED} places. Leave some out.")
     for name in names:
         if not SPECIAL_SHAPE.fullmatch(name):
             raise BadInput(
                 f"The special token {name!r} is not of the shape <|name|> (letters, digits, underscores). An ordinary "
                 "word, a space or an empty text would be cut out of every text it occurs in. Rename it, as in <|tool|>."
             )
-    tokens = SPECIAL_TOKENS[:num_fixed] + names + SPECIAL_TOKENS[num_fixed + len(names) :]
-    for name in names:
-        if tokens.count(name) > 1:
-            raise BadInput(f"The special token {name} is given twice or has a fixed place already. Name each once.")
-    return tokens
+        if names.count(name) > 1 or name in SPECIAL_TOKENS:
+            raise BadInput(f"The special token {name} is given twice, or is there already. Name each once.")
+    return fixed + names + reserved[len(names) :]
 
 
 def check_vocab_size(vocab_size: int) -> None:
+    """BadInput unless there is room for the bytes and the special tokens, and the total is a multiple of 128."""
     if vocab_size < MIN_VOCAB or vocab_size % MULTIPLE:
         wanted = max(MIN_VOCAB, -(-vocab_size // MULTIPLE) * MULTIPLE)
         raise BadInput(
-            f"vocab_size {vocab_size} is not possible: wanted at least 256 bytes and {len(SPECIAL_TOKENS)} special tokens, "
-            f"and a multiple of {MULTIPLE}. Set it to {wanted}."
+            f"vocab_size {vocab_size} is not possible: wanted a multiple of {MULTIPLE} with room for 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens. Set it to {wanted}."
         )
 
 
 def wrap(backend: Tokenizer, specials: list[str]) -> PreTrainedTokenizerFast:
-    """The finished tokenizer: special tokens marked as such, the vocabulary filled to a multiple of 128, chat template."""
+    """The finished tokenizer: special tokens marked, the vocabulary filled to a multiple of 128, a chat template."""
     missing = -backend.get_vocab_size() % MULTIPLE
-    specials = [*specials, *(f"<|reserved_{len(SPECIAL_TOKENS) + i}|>" for i in range(missing))]
+    specials = [*specials, *(f"<|reserved_{NUM_RESERVED + i}|>" for i in range(missing))]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -115,27 +138,11 @@ def wrap(backend: Tokenizer, specials: list[str]) -> PreTrainedTokenizerFast:
         extra_special_tokens=[name for name in specials if name not in (END_OF_TEXT, PAD)],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=1_000_000,  # the context of a model that uses it is the real limit
+        model_max_length=1_000_000,  # the real limit is the context of the model that uses it
     )
 
 
-def _byte_level_bpe(documents, vocab_size, split, nfc, max_token_length, min_frequency, specials) -> Tokenizer:
-    trained = byte_level_tokenizer({}, [], split, nfc)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        max_token_length=max_token_length,
-        # Bytes are listed here to fix their ids in the order of their values, which decides ties between pairs.
-        special_tokens=[*specials, *BYTE_CHARACTERS],
-        show_progress=False,
-    )
-    trained.train_from_iterator(documents, trainer)
-    model = json.loads(trained.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    return byte_level_tokenizer(model["vocab"], merges, split, nfc)
-
-
-def _not_empty(documents: Iterable[str]) -> Iterator[str]:
+def not_empty(documents: Iterable[str]) -> Iterator[str]:
     """The documents as they come; BadInput at the end when there was no text in any."""
     found = False
     for document in documents:
@@ -143,3 +150,40 @@ def _not_empty(documents: Iterable[str]) -> Iterator[str]:
         yield document
     if not found:
         raise BadInput("The corpus holds no text: every document is empty or blank. Check the paths of the corpus.")
+
+
+def _byte_level_bpe(
+    read: Callable[[], Iterable[str]],
+    vocab_size: int,
+    split: str,
+    nfc: bool,
+    max_token_length: int | None,
+    min_frequency: int,
+    specials: list[str],
+    trainer: Trainer,
+) -> Tokenizer:
+    rustbpe = importlib.util.find_spec("rustbpe") is not None
+    if trainer == "rustbpe" and (not rustbpe or max_token_length):
+        why = "cannot limit the length of tokens; leave max_token_length out" if rustbpe else "is not installed"
+        raise BadInput(f"trainer is rustbpe, which {why}. Set trainer to auto, or `pip install rustbpe`.")
+    if trainer != "tokenizers" and rustbpe and not max_token_length:
+        from lmkit.tokenization.rustbpe_trainer import train_rustbpe
+
+        merges = train_rustbpe(not_empty(read()), vocab_size - len(specials), split, nfc, min_frequency)
+        if merges is not None:
+            tokens = [*specials, *BYTE_CHARACTERS, *(left + right for left, right in merges)]
+            return byte_level_tokenizer({token: i for i, token in enumerate(tokens)}, merges, split, nfc)
+    learner = byte_level_tokenizer({}, [], split, nfc)
+    learner.train_from_iterator(
+        not_empty(read()),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            max_token_length=max_token_length,
+            # Bytes are listed here to give them ids in the order of their values, which decides ties between pairs.
+            special_tokens=[*specials, *BYTE_CHARACTERS],
+            show_progress=False,
+        ),
+    )
+    model = json.loads(learner.to_str())["model"]
+    return byte_level_tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]], split, nfc)

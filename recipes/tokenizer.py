@@ -1,0 +1,120 @@
+"""The tokenizer: learnt from a corpus or taken from a directory, and the corpus encoded with it.
+
+Reads   --corpus (text, JSONL or Parquet; files, a folder, or a glob), --validation (the same) or a share of the corpus
+Writes  output_dir/tokenizer (a Hugging Face tokenizer directory), output_dir/shards/{train,validation}
+
+    python recipes/tokenizer.py
+    python recipes/tokenizer.py --corpus my/texts --vocab_size 32768 --output_dir runs/mine/tokenizer
+    python recipes/tokenizer.py --corpus my/texts --tokenizer path/of/a/tokenizer --output_dir runs/mine/tokenizer
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from lmkit.config import StageConfig, knob, setting, source
+from lmkit.errors import BadInput
+from lmkit.stage import Stage, run
+
+CORPUS, VALIDATION = "data/tales/text.txt.gz", "data/tales/text.validation.txt.gz"
+
+
+class TokenizerConfig(StageConfig):
+    output_dir: Path = knob(Path("runs/tiny/tokenizer"), "where the stage writes")
+    corpus: str | list[str] = source(CORPUS, "texts to learn from and encode: files, a folder, or hub:NAME@REVISION")
+    validation: str | list[str] | None = source(VALIDATION, "held-out texts; of a corpus of your own: a share")
+    validation_fraction: float = setting(0.02, "the share held out when no validation is given", gt=0, lt=1)
+    document_separator: str | None = setting(
+        "\n\n", "what divides a text file into documents: a line of this text, or blank lines; null: nothing"
+    )
+    tokenizer: Path | None = source(None, "take this tokenizer directory instead of training one")
+    vocab_size: int = setting(1024, "number of ids, special tokens included; a multiple of 128")
+    kind: Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = setting(
+        "bpe", "byte-level BPE or SentencePiece"
+    )
+    split: Literal["qwen2", "gpt2", "gpt4", "llama3"] = setting("qwen2", "whose expression cuts text into words (bpe)")
+    nfc: bool = setting(False, "normalise to Unicode NFC first: then only NFC text comes back exactly")
+    max_token_length: int | None = setting(None, "longest token in characters (bpe: bytes)", gt=1)
+    min_frequency: int = setting(2, "rarer pairs are not merged (bpe)", gt=0)
+    special_tokens: list[str] = setting([], "up to 16 names as <|name|>, in the places of the reserved tokens")
+    allow_smaller_vocab: bool = setting(False, "accept the vocabulary that the corpus supports")
+    trainer: Literal["auto", "tokenizers", "rustbpe"] = knob("auto", "who counts and merges (bpe): the same result")
+    num_processes: int = knob(os.cpu_count() or 1, "processes that encode the corpus", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_corpus_is_not_judged_by_tales(cls, values: dict) -> dict:
+        own = values.get("corpus", CORPUS) != CORPUS and values.get("validation") == VALIDATION
+        return values | {"validation": None} if own else values
+
+
+def main(config: TokenizerConfig) -> Path:
+    stage = Stage("tokenizer", config)
+    if stage.finished:
+        return stage.directory
+    from lmkit.data.shards import in_validation, write_shards
+    from lmkit.data.sources import read_text
+    from lmkit.tokenization.chat import encode_text
+    from lmkit.tokenization.measure import measure
+    from lmkit.tokenization.train import load_tokenizer, train_tokenizer
+    from lmkit.tracking import Tracker
+
+    def documents(split: str) -> Iterator[str]:
+        """One pass over a split; documents held out of the corpus are chosen by their text."""
+        if split == "validation" and config.validation is not None:
+            return read_text(config.validation, document_separator=config.document_separator)
+        corpus = read_text(config.corpus, document_separator=config.document_separator)
+        if config.validation is not None:
+            return corpus
+        return (d for d in corpus if in_validation(d, config.validation_fraction) == (split == "validation"))
+
+    # Reads everything once before anything is made: a file that cannot be read is found here.
+    num_documents = {split: sum(1 for _ in documents(split)) for split in ("train", "validation")}
+    if not num_documents["validation"]:
+        raise BadInput(
+            f"No document of {num_documents['train']} is held out. Give --validation, or raise --validation_fraction "
+            f"from {config.validation_fraction}."
+        )
+    total = (config.tokenizer is None) * num_documents["train"] + sum(num_documents.values())
+    with stage, Tracker(stage.directory, total_steps=total, report_to=config.report_to) as tracker:
+        steps = itertools.count(1)
+
+        def watched(passed: Iterable[str]) -> Iterator[str]:
+            for document in passed:
+                yield document
+                if (step := next(steps)) % (total // 100 + 1) == 0 and step <= total:
+                    tracker.log(step, {})
+
+        if config.tokenizer is not None:
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            names = ("vocab_size", "kind", "split", "nfc", "max_token_length", "min_frequency", "special_tokens")
+            options = {name: getattr(config, name) for name in (*names, "allow_smaller_vocab", "trainer")}
+            tokenizer = train_tokenizer(lambda: watched(documents("train")), **options)
+        facts = measure(tokenizer, {"validation": itertools.islice(documents("validation"), 500)})
+        with stage.seal("tokenizer") as folder:
+            tokenizer.save_pretrained(folder)
+        with stage.seal("shards") as folder:
+            for split in num_documents:
+                meta = write_shards(watched(documents(split)), tokenizer, folder / split, config.num_processes).meta
+                facts |= {f"{split}/{key}": value for key, value in meta.items()}
+                counts = ", ".join(f"{meta[f'num_{unit}']:,} {unit}" for unit in ("tokens", "documents", "bytes"))
+                stage.say(f"{split}: {counts}")
+        stage.say(
+            f"tokenizer: {len(tokenizer)} tokens, {facts['bytes_per_token']['validation']:.2f} bytes per token, "
+            f"{facts['num_exact']} of {facts['num_documents']} held-out documents come back exactly"
+        )
+        if facts["hostile_changed"]:
+            stage.say(f"warning: this tokenizer changes texts with {', '.join(facts['hostile_changed'])}")
+        sample = encode_text(tokenizer, next(documents("validation"))[:120])
+        stage.say("sample: " + "|".join(tokenizer.decode([i]) for i in sample))
+        stage.finish(facts)
+    return stage.directory
+
+
+if __name__ == "__main__":
+    run(main, TokenizerConfig, __doc__)
