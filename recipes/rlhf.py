@@ -30,17 +30,16 @@ RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the
 CHAIN_SEED = -1  # stands for the chain's seed
 
 
+def relocated(config: StageConfig, old: Path, new: Path, seed: int) -> StageConfig:
+    """The configuration with every path below `old` moved below `new`, and with that seed."""
+    values = config.model_dump() | {"seed": seed}
+    inside = {k: v for k, v in values.items() if isinstance(v, Path | str) and Path(v).is_relative_to(old)}
+    moved = {k: type(v)(new / Path(v).relative_to(old)) for k, v in inside.items()}
+    return type(config).model_validate(values | moved)
+
+
 def chained(cls: type[StageConfig]) -> StageConfig:
-    """A stage's defaults, which name the run `tiny`, as defaults of a chain of any name."""
-    values = {k: relocate(v, Path("runs/tiny"), RUN) for k, v in cls().model_dump().items()}
-    return cls.model_validate(values | {"seed": CHAIN_SEED})
-
-
-def relocate(value: object, old: Path, new: Path) -> object:
-    """A path, or a text that is one, moved from below `old` to below `new`; anything else as it is."""
-    if isinstance(value, Path | str) and Path(value).is_relative_to(old):
-        return type(value)(new / Path(value).relative_to(old))
-    return value
+    return relocated(cls(), Path("runs/tiny"), RUN, CHAIN_SEED)
 
 
 class RLHFConfig(Config):
@@ -67,9 +66,8 @@ class RLHFConfig(Config):
 
     def section(self, stage: str) -> StageConfig:
         """The stage's configuration with this run's paths and seed."""
-        config: StageConfig = getattr(self, stage)
-        values = {k: relocate(v, RUN, self.output_dir) for k, v in config.model_dump().items()}
-        return type(config).model_validate(values | {"seed": self.seed if config.seed == CHAIN_SEED else config.seed})
+        config = getattr(self, stage)
+        return relocated(config, RUN, self.output_dir, self.seed if config.seed == CHAIN_SEED else config.seed)
 
 
 def selected(config: RLHFConfig) -> list[str]:
