@@ -1,0 +1,242 @@
+"""Files, folders and hub names to documents (for pretraining) and rows (for everything else), read strictly.
+
+Local files only, unless a source starts with `hub:`. What cannot be read is an error that names file and line: a
+tolerant reader turns a damaged file into a model that is a little worse, and nobody learns why.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from lmkit.artifact import MANIFEST, verify
+from lmkit.data.formats import to_preferences, to_prompt_completion, to_prompts
+from lmkit.data.strict import ROW_SUFFIXES, data_suffix, open_parquet, read_lines, read_rows, refuse
+from lmkit.errors import BadInput
+
+Source = str | Path
+OnBad = Literal["error", "skip"]
+MAX_DOCUMENT_CHARS = 64 * 2**20
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def read_text(
+    paths: Source | list[Source], *, document_separator: str | None = "\n\n", on_bad: OnBad = "error"
+) -> Iterator[str]:
+    """Documents of files, folders (all .txt .jsonl .parquet below them) and patterns, in the order of their names.
+
+    Each file may be .gz or .zst. A text file's documents stand between blank lines; other files give their column
+    `text`. A byte order mark is dropped and line ends become "\\n"; documents of white space only are left out. Memory
+    is bounded by the longest document (at most 64 Mi characters), not by the size of the files.
+
+    document_separator: what divides a text file. N newlines mean at least N - 1 blank lines, so "\\n\\n\\n" gives the
+        chapters of most Gutenberg books, whose paragraphs stand one blank line apart, and "\\n" one document a line.
+        Other text, such as "<|endoftext|>", is a line of its own. None takes each file whole.
+    on_bad: "error" stops at the first line that is not UTF-8, holds a NUL or is not the row it should be, naming
+        file and line; "skip" leaves out such lines and warns with their number. Files that cannot be read, or have
+        no document at all, are BadInput either way.
+    """
+    if on_bad not in ("error", "skip"):
+        raise BadInput(f'on_bad is {on_bad!r}; wanted "error" or "skip".')
+    if document_separator is not None and not document_separator.strip(" \t"):
+        raise BadInput(f"document_separator is {document_separator!r}; wanted newlines, the text of a line, or null.")
+    if isinstance(paths, str) and paths.startswith("hub:"):
+        return _column_text(paths)
+    return _documents(_find(paths, TEXT_SUFFIXES), document_separator, on_bad)
+
+
+def load_rows(source: Source | list[Source]) -> Dataset:
+    """All rows of a source: JSON, JSONL, CSV or parquet files (or .gz, .zst of them), folders, patterns, or a hub name.
+
+    A folder is what `save_to_disk` wrote, its manifest checked if there is one, or holds data files. Only
+    `hub:org/name[@revision][:split]` (split `train` unless named) asks the Hub; a path that does not exist is an
+    error. Rows of local files are held in memory, and every row must have the first row's columns and types.
+    """
+    if isinstance(source, str) and source.startswith("hub:"):
+        return _from_hub(source)
+    if not isinstance(source, list) and Path(source).is_dir() and (found := _from_disk(Path(source))) is not None:
+        return _not_empty(found, source)
+    files = _find(source, ROW_SUFFIXES)
+    if all(data_suffix(file) == ".parquet" for file in files):
+        return _not_empty(Dataset(InMemoryTable(_parquet_table(files))), source)
+    rows: list[dict[str, Any]] = []
+    types: dict[str, type] = {}
+    for file in files:
+        before = len(rows)
+        for where, row in read_rows(file, None):
+            if rows and row.keys() != rows[0].keys():
+                raise BadInput(
+                    f"{where}  has the columns {_names(row)}, the rows before it {_names(rows[0])}. "
+                    "Give every row the same columns (null where one has no value)."
+                )
+            _check_types(where, row, types)
+            rows.append(row)
+        if len(rows) == before:
+            raise BadInput(f"{file} holds no rows. Remove it or choose another file.")
+    try:
+        return Dataset.from_list(rows)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"The rows of {source} differ in the types of a nested value: {error}. Make them alike."
+        ) from None
+
+
+def load_demonstrations(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `prompt` and `completion`; see `load_rows` and `lmkit.data.formats.to_prompt_completion`."""
+    return to_prompt_completion(load_rows(source), mapping, str(source))
+
+
+def load_pairs(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `prompt`, `chosen` and `rejected`; see `load_rows` and `lmkit.data.formats.to_preferences`."""
+    return to_preferences(load_rows(source), mapping, str(source))
+
+
+def load_prompts(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `prompt`; see `load_rows` and `lmkit.data.formats.to_prompts`."""
+    return to_prompts(load_rows(source), mapping, str(source))
+
+
+# ------------------------------------------------------------------------------------------------------ finding
+
+
+def _find(paths: Source | list[Source], suffixes: tuple[str, ...]) -> list[Path]:
+    files: list[Path] = []
+    for source in paths if isinstance(paths, list) else [paths]:
+        path = Path(source)
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.is_file() and data_suffix(p) in suffixes and p.name != MANIFEST]
+            found = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            what = f"has no file that ends in {', '.join(suffixes)} (or .gz, .zst of them)"
+        elif any(sign in path.name for sign in "*?[") and not path.exists():
+            found, what = sorted(p for p in path.parent.glob(path.name) if p.is_file()), "matches no file"
+        else:
+            found, what = [path] if path.is_file() else [], "does not exist"
+        if not found:
+            hint = (
+                f" For a dataset of the Hub write hub:{source}."
+                if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+                else ""
+            )
+            raise BadInput(f"{source} {what}. Wanted a file, a folder or a pattern; check the path.{hint}")
+        files += found
+    if not files:
+        raise BadInput("The list of sources is empty. Name at least one file, folder or pattern.")
+    return files
+
+
+def _from_disk(folder: Path) -> Dataset | None:
+    """What `save_to_disk` wrote; None when the folder holds something else."""
+    for sealed in (folder, folder.parent):  # a split of a sealed DatasetDict lies below its manifest
+        if (sealed / MANIFEST).is_file():
+            verify(sealed)
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise BadInput(f"{folder} holds the splits {', '.join(splits)}. Name one, as in {folder / splits[0]}.")
+    return datasets.load_from_disk(str(folder)) if (folder / "state.json").is_file() else None
+
+
+def _from_hub(source: str) -> Dataset:
+    match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?(?::([\w.-]+))?", source)
+    if match is None:
+        raise BadInput(f"{source} is not a hub name. Write hub:org/name, hub:org/name:split or hub:org/name@revision.")
+    name, revision, split = match.groups()
+    try:
+        return _not_empty(datasets.load_dataset(name, split=split or "train", revision=revision), source)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise BadInput(f"{source} could not be loaded from the Hub: {error}. Check name, split and network.") from None
+
+
+def _not_empty(rows: Dataset, source: Any) -> Dataset:
+    if len(rows) == 0:
+        raise BadInput(f"{source} holds no rows. Choose another source.")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def _documents(files: list[Path], separator: str | None, on_bad: OnBad) -> Iterator[str]:
+    for file in files:
+        skipped: list[str] | None = [] if on_bad == "skip" else None
+        count = 0
+        parts = _rows_text(file, skipped) if data_suffix(file) in ROW_SUFFIXES else _split(file, separator, skipped)
+        for document in parts:
+            if document and not document.isspace():
+                count += 1
+                yield document
+        if skipped:
+            warnings.warn(f"{file}: left out {len(skipped)} bad lines, the first: {skipped[0]}", stacklevel=2)
+        if count == 0:
+            raise BadInput(f"{file} holds no text: it is empty or white space only. Remove it or choose another file.")
+
+
+def _rows_text(file: Path, skipped: list[str] | None) -> Iterator[str]:
+    for where, row in read_rows(file, skipped):
+        if isinstance(row.get("text"), str):
+            yield row["text"].replace("\r\n", "\n").replace("\r", "\n")
+        else:
+            refuse(f"{where}  has no text in a column `text`; found the columns {_names(row)}.", skipped)
+
+
+def _column_text(hub_name: str) -> Iterator[str]:
+    rows = _from_hub(hub_name)
+    if "text" not in rows.column_names:
+        raise BadInput(f"{hub_name} has the columns {', '.join(rows.column_names)}; wanted documents in `text`.")
+    return (row["text"] for row in rows if row["text"] and not row["text"].isspace())
+
+
+def _split(file: Path, separator: str | None, skipped: list[str] | None) -> Iterator[str]:
+    mark = separator.strip() if separator else None
+    gap = len(separator) - 1 if separator and not mark else None
+    document: list[str] = []
+    num_blank = num_chars = 0
+    for number, text in read_lines(file, skipped):
+        for line in text.removesuffix("\n").split("\n"):
+            stripped = line.strip()
+            at_mark = bool(mark) and stripped == mark
+            if at_mark or (gap is not None and stripped and num_blank >= gap):
+                yield "\n".join(document).strip("\n")
+                document, num_chars = [], 0
+            num_blank = 0 if stripped else num_blank + 1
+            if at_mark:
+                continue
+            document.append(line)
+            num_chars += len(line) + 1
+            if num_chars > MAX_DOCUMENT_CHARS:
+                raise BadInput(
+                    f"{file}:{number}  the document is longer than {MAX_DOCUMENT_CHARS // 2**20} Mi characters. Say "
+                    'what divides documents: document_separator "\\n\\n" for blank lines; or split the file.'
+                )
+    yield "\n".join(document)
+
+
+def _parquet_table(files: list[Path]) -> pyarrow.Table:
+    tables = [open_parquet(file).read() for file in files]
+    for file, table in zip(files, tables):
+        if table.schema.names != tables[0].schema.names:
+            found = f"the columns {', '.join(table.schema.names)}, {files[0]} {', '.join(tables[0].schema.names)}"
+            raise BadInput(f"{file} has {found}. Read them as two sources, or give them the same columns.")
+    try:
+        return pyarrow.concat_tables(tables)
+    except pyarrow.ArrowInvalid as error:
+        raise BadInput(f"The parquet files from {files[0]} on differ in their types: {error}") from None
+
+
+def _check_types(where: str, row: dict[str, Any], types: dict[str, type]) -> None:
+    for name, value in row.items():
+        kind = float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+        if value is not None and types.setdefault(name, kind) is not kind:
+            found, wanted = kind.__name__, types[name].__name__
+            raise BadInput(f"{where}  column {name} holds a {found}, in the rows before a {wanted}. Make them alike.")
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(row) or "(none)"
