@@ -1,0 +1,69 @@
+"""Causal attention for packed rows: a function registered with transformers under the name "lmkit".
+
+transformers makes no mask for a name it knows no mask function of, so this function decides alone: it is causal, and
+where `document_ids` are passed to the model's forward, no token sees another document. (With "sdpa", a compiled
+forward gets a dense T x T mask and loses the flash kernel; packed `position_ids` are ignored when `use_cache` is
+true.)
+
+It knows neither padding nor a cache, so it serves training on full rows; `packed_attention` puts the model's own
+implementation back afterwards, and the name is never saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "lmkit"
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    document_ids: torch.Tensor | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention output [B, T, H, D] of query [B, H, T, D] and key, value [B, H', T, D] with H a multiple of H'.
+
+    document_ids: [B, T] integers, equal where two tokens of a row belong to the same document; None: one document a
+    row.
+    """
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("the attention named lmkit has no cache: call the model with use_cache=False")
+    mask = None
+    if document_ids is not None:
+        mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, causal_attention)
+
+
+@contextlib.contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block `model` attends by `causal_attention`; call it with use_cache=False and no attention_mask."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,99 @@
+"""Model sizes, as configurations of stock transformers classes.
+
+preset  parameters*  layers  width  heads x size  for
+nano         0.1 M        2     64        2 x 32  tests
+tiny         1.0 M        4    128        4 x 32  minutes on a CPU
+small        110 M       12    768       6 x 128  one GPU
+base         0.5 B       24   1280      10 x 128  several
+* with qwen3 and vocabularies of 512, 1024, 32768 and 32768; the embedding is shared with the output.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_validator
+
+from lmkit.config import Config, setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SIZES = ("num_hidden_layers", "hidden_size", "head_dim", "intermediate_size", "context_length")
+PRESETS = {
+    "nano": dict(zip(_SIZES, (2, 64, 32, 128, 128))),
+    "tiny": dict(zip(_SIZES, (4, 128, 32, 384, 256))),
+    "small": dict(zip(_SIZES, (12, 768, 128, 2048, 1024))),
+    "base": dict(zip(_SIZES, (24, 1280, 128, 3456, 2048))),
+}
+# The layers whose output is added to the residual stream.
+_RESIDUAL_OUTPUT = re.compile(r"(o_proj|down_proj|c_proj)\.weight$")
+
+
+class ModelConfig(Config):
+    """A size and an architecture; a size left empty is the preset's."""
+
+    preset: Literal["nano", "tiny", "small", "base"] = setting("tiny", "sizes to start from")
+    arch: Literal["qwen3", "llama", "gpt2"] = setting("qwen3", "architecture: a stock transformers class")
+    context_length: int | None = setting(None, "longest sequence in tokens", gt=0)
+    num_hidden_layers: int | None = setting(None, "number of layers", gt=0)
+    hidden_size: int | None = setting(None, "width", gt=0)
+    head_dim: int | None = setting(None, "width of one attention head; the width must be a multiple", gt=0)
+    intermediate_size: int | None = setting(None, "width inside the feed-forward layers", gt=0)
+    init_std: float | None = setting(None, "standard deviation of the initial weights; empty: by width", gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> ModelConfig:
+        sizes = self.sizes()
+        if sizes["hidden_size"] % sizes["head_dim"]:
+            raise ValueError(f"hidden_size {sizes['hidden_size']} is not a multiple of head_dim {sizes['head_dim']}")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """The preset's sizes with the given ones on top."""
+        given = {key: getattr(self, key) for key in PRESETS[self.preset]}
+        return PRESETS[self.preset] | {key: value for key, value in given.items() if value is not None}
+
+
+def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) -> Any:
+    """The transformers configuration of a model; token_ids: pad_token_id, eos_token_id."""
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+    sizes = config.sizes()
+    width, depth = sizes["hidden_size"], sizes["num_hidden_layers"]
+    heads, context = width // sizes["head_dim"], sizes["context_length"]
+    shared = {"vocab_size": vocab_size, "tie_word_embeddings": True, "bos_token_id": None, **token_ids}
+    if config.arch == "gpt2":
+        shared |= {"n_embd": width, "n_layer": depth, "n_head": heads, "n_positions": context}
+        shared |= {"n_inner": sizes["intermediate_size"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        result = GPT2Config(**shared)
+    else:
+        shared |= {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": sizes["intermediate_size"]}
+        shared |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": sizes["head_dim"]}
+        result = {"qwen3": Qwen3Config, "llama": LlamaConfig}[config.arch](max_position_embeddings=context, **shared)
+    matrices = depth * width * (4 * width + (2 if config.arch == "gpt2" else 3) * sizes["intermediate_size"])
+    # 0.02 keeps a model of width 128 from ever learning to copy from its context; 1/sqrt(width) does not.
+    result.initializer_range = config.init_std or (width**-0.5 if matrices < 30e6 else 0.02)
+    return result
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A fresh model, initialised by torch's generator, with the vocabulary, pad and stop tokens of the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from lmkit.tokenization.chat import stop_token_ids
+
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = AutoModelForCausalLM.from_config(transformers_config(config, len(tokenizer), **ids))
+    depth = config.sizes()["num_hidden_layers"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if _RESIDUAL_OUTPUT.search(name):
+                # 2 L branches are summed: the residual stream keeps its scale (Radford et al., GPT-2, 2019).
+                parameter.mul_((2 * depth) ** -0.5)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(tokenizer), do_sample=True
+    )
+    return model

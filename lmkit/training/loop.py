@@ -1,0 +1,194 @@
+"""The training loop of pretraining and vision, on Accelerate: exact losses, exact resume, one checkpoint mechanism.
+
+The loss of an update is the sum of its samples' losses over the number of counted tokens, both over all micro-batches
+and all processes; so half the micro-batch, or two processes, give the same update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from lmkit.data.order import batch_positions, shuffled
+from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.stage import Stage, latest_checkpoint, rotate
+from lmkit.tracking import Tracker
+from lmkit.training import checkpoint
+from lmkit.training.optimizers import build_optimizers, schedule
+from lmkit.training.options import TrainConfig
+
+# Width from which bfloat16 is faster on a CPU with avx512_bf16; below it the conversions cost more than they save.
+CPU_BF16_WIDTH = 384
+
+
+def make_accelerator(bf16: bool | None, width: int) -> Accelerator:
+    """Accelerator of this process; `bf16` None: by device, on a CPU by its instructions and the model's width.
+
+    BadInput when the launcher asked for several processes and they do not know of each other.
+    """
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    if bf16 is None and on_gpu:
+        bf16 = torch.cuda.is_bf16_supported()
+    elif bf16 is None:
+        bf16 = width >= CPU_BF16_WIDTH and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    if (asked := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise BadInput(
+            f"the launcher started {asked} processes, but each of them trains alone. On CPUs launch with "
+            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...`."
+        )
+    return accelerator
+
+
+def fit(
+    module: nn.Module,
+    fetch: Callable[[np.ndarray], Mapping[str, Tensor]],
+    num_samples: int,
+    config: TrainConfig,
+    *,
+    accelerator: Accelerator,
+    stage: Stage,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> dict[str, float]:
+    """Trains `module` in place for `config.max_steps` updates, from the stage's newest checkpoint if there is one.
+
+    module: forward(**batch) -> (sum of losses, number of counted tokens), two scalars.
+    fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU.
+    evaluate: called in every process between updates, with `module` in eval mode; its metrics are logged.
+
+    Returns the last row of metrics. Raises Stopped on a non-finite loss or gradient: before the update on a CPU, on a
+    GPU at the latest before the next log row, evaluation or checkpoint. Raises Interrupted after a signal, a
+    checkpoint saved.
+    """
+    if accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile:
+        module.compile(dynamic=False)
+    prepared = accelerator.prepare_model(module)
+    optimizers = build_optimizers(prepared, config.optim, config.learning_rate, config.weight_decay)
+    torch.manual_seed(stage.config.seed + accelerator.process_index)
+    # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads all
+    # three.
+    window = torch.zeros(3, device=accelerator.device)
+    start = _resume(prepared, optimizers, window, accelerator, stage)
+    metrics: dict[str, float] = {}
+    cadences = {"log": config.logging_steps, "evaluate": config.eval_steps, "save": config.save_steps}
+    options = {"total_steps": config.max_steps, "start_step": start, "accelerator": accelerator}
+    with Tracker(stage.directory, **options, report_to=stage.config.report_to, description=stage.name) as tracker:
+        for step in range(start + 1, config.max_steps + 1):
+            due = {name for name, every in cadences.items() if step % every == 0 or step == config.max_steps}
+            look = bool(due) or accelerator.device.type == "cpu"
+            rate = config.learning_rate * _rate_factor(config, step - 1)
+            prepared.train()
+            samples, sums = _gradients(prepared, fetch, num_samples, step - 1, config, accelerator, stage.config.seed)
+            norm = accelerator.clip_grad_norm_(prepared.parameters(), config.max_grad_norm)
+            window += torch.stack([*sums, norm.to(sums)])
+            if look and not math.isfinite(window.sum()):
+                raise Stopped(_what_is_not_finite(prepared, sums, step, samples, stage))
+            _update(optimizers, rate)
+            if "log" in due:
+                loss_sum, tokens, norms = window.tolist()
+                num_steps = (step - 1) % config.logging_steps + 1
+                metrics = {"loss": loss_sum / tokens, "grad_norm": norms / num_steps, "learning_rate": rate}
+                if "evaluate" in due and evaluate is not None:
+                    prepared.eval()
+                    metrics |= evaluate()
+                tracker.log(step, metrics, tokens=round(tokens))
+                window.zero_()
+            stop = look and _any(stage.stop_requested(), accelerator)
+            if stop or "save" in due:
+                _save(prepared, optimizers, window, step, accelerator, stage)
+            if stop and step < config.max_steps:
+                raise Interrupted(
+                    f"{stage.name} stopped after step {step} of {config.max_steps}; a checkpoint is saved."
+                )
+    return metrics
+
+
+def _rate_factor(config: TrainConfig, updates: int) -> float:
+    steps = {"warmup_steps": config.warmup_steps, "max_steps": config.max_steps}
+    return schedule(config.lr_scheduler_type, updates, **steps, decay_fraction=config.decay_fraction)
+
+
+def _gradients(prepared, fetch, num_samples, updates, config, accelerator, seed) -> tuple[list[int], Tensor]:
+    """Puts the gradient of the mean loss into the parameters; this process's samples, [loss sum, tokens] over all."""
+    sums, samples = torch.zeros(2, device=accelerator.device), []
+    split = {"size": config.per_device_train_batch_size, "accumulation": config.gradient_accumulation_steps}
+    for micro_batch in range(config.gradient_accumulation_steps):
+        positions = batch_positions(
+            updates, micro_batch, accelerator.process_index, world=accelerator.num_processes, **split
+        )
+        numbers = shuffled(positions, num_samples, seed)
+        samples += numbers.tolist()
+        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in fetch(numbers).items()}
+        is_last = micro_batch == config.gradient_accumulation_steps - 1
+        # Gradients are exchanged between processes once, after the last micro-batch.
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(prepared):
+            loss, count = prepared(**batch)
+            accelerator.backward(loss)
+        sums += torch.stack([loss.detach(), count]).to(sums)
+    sums = accelerator.reduce(sums, reduction="sum")
+    gradients = [p.grad for p in prepared.parameters() if p.grad is not None]
+    # The processes' gradients were averaged; the loss is a mean over the tokens of all of them.
+    torch._foreach_mul_(gradients, accelerator.num_processes / sums[1])
+    return samples, sums
+
+
+def _update(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: list[int], stage: Stage) -> str:
+    gradients = [(n, p.grad) for n, p in prepared.named_parameters() if p.grad is not None]
+    broken = [name for name, gradient in gradients if not gradient.isfinite().all()]
+    mean = sums[0].item() / sums[1].item() if sums[1] else math.nan
+    return (
+        f"step {step}: the loss is {mean} over {sums[1]:.0f} tokens, and {len(broken)} of {len(gradients)} gradients are "
+        f"not finite ({', '.join(broken[:3])}). Samples of this process: {samples[:16]}. The last checkpoint in "
+        f"{stage.checkpoints} is from before this step. Lower train.learning_rate, or look at these samples."
+    )
+
+
+def _any(flag: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
+
+
+def _save(prepared, optimizers, window, step, accelerator, stage) -> None:
+    tensors = {
+        "model": checkpoint.model_tensors(prepared),
+        "optimizer": checkpoint.optimizer_tensors(prepared, optimizers),
+        "random": checkpoint.random_tensors(),
+    }
+    if accelerator.is_main_process:
+        state = {"step": step, "window": window.tolist()}
+        checkpoint.save(stage.checkpoints / f"step-{step:06d}", tensors=tensors, state=state)
+        rotate(stage.checkpoints)
+    accelerator.wait_for_everyone()
+
+
+def _resume(prepared, optimizers, window, accelerator, stage) -> int:
+    """Sets everything as the newest checkpoint has it; the number of updates made, 0 without a checkpoint."""
+    accelerator.wait_for_everyone()
+    path = latest_checkpoint(stage.checkpoints) if accelerator.is_main_process else None
+    (path,) = broadcast_object_list([path])
+    if path is None:
+        return 0
+    tensors, state = checkpoint.load(path)
+    checkpoint.load_model(prepared, tensors["model"])
+    checkpoint.load_optimizers(prepared, optimizers, tensors["optimizer"])
+    checkpoint.load_random(tensors["random"], accelerator.process_index)
+    window.copy_(torch.tensor(state["window"]))
+    stage.say(f"{stage.name}: going on from step {state['step']} ({path})")
+    return state["step"]

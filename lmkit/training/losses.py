@@ -1,0 +1,89 @@
+"""Cross-entropy of a linear output layer that never holds all the logits, and the module that training calls."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Logits up to this many are computed at once: below it the plain way is faster, above it memory decides.
+CHUNK_LOGITS = 2**23
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_logits: int = CHUNK_LOGITS
+) -> tuple[Tensor, Tensor]:
+    """Sum over counted tokens of -log softmax(hidden @ weight.T)[label], and the number of counted tokens.
+
+    hidden: [N, D], weight: [V, D], labels: [N] with -100 where a token does not count. Both results are float32
+    scalars. At most `chunk_logits` logits exist at a time: gradients are computed chunk by chunk in the forward (as in
+    Liger Kernel, arXiv:2410.10989), so that the backward only scales them. Under autocast the products are in its
+    dtype, sums in float32.
+
+    >>> linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([0, 1, -100]))
+    (tensor(2.7726), tensor(2.))
+    """
+    count = (labels != -100).sum().float()
+    if labels.numel() * weight.shape[0] <= chunk_logits:
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"), count
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, max(1, chunk_logits // weight.shape[0])), count
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        matrix = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), device=hidden.device)
+        for first in range(0, len(labels), rows):
+            part, targets = hidden[first : first + rows].to(dtype), labels[first : first + rows]
+            logits = (part @ matrix.T).float()
+            counts = targets != -100
+            index = targets.where(counts, 0)[:, None]
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += ((normalizer - logits.gather(1, index))[:, 0] * counts).sum()
+            gradient = logits.sub_(normalizer).exp_()
+            gradient.scatter_add_(1, index, torch.full_like(gradient[:, :1], -1))
+            gradient = gradient.mul_(counts[:, None]).to(dtype)
+            grad_hidden[first : first + rows] = gradient @ matrix
+            grad_weight += gradient.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            (grad_hidden * grad_output).to(grad_hidden.dtype),
+            (grad_weight * grad_output).to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+class CausalLMLoss(nn.Module):
+    """A causal language model as the loop trains it: forward(batch) -> (sum of the tokens' losses, number of tokens).
+
+    The logits are never returned: mixed-precision wrappers copy what a forward returns to float32.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        head = model.get_output_embeddings()
+        changed = [
+            k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, k, None)
+        ]
+        if getattr(head, "bias", None) is not None or changed:
+            raise ValueError(f"{type(model).__name__} changes its logits after the output layer ({changed or 'bias'})")
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """input_ids, labels: [B, T]; labels[b, t] is the token after input_ids[b, t], or -100 where none counts."""
+        documents = {} if document_ids is None else {"document_ids": document_ids}
+        # With a cache transformers keeps keys and values during training and drops masks between packed documents.
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **documents).last_hidden_state
+        return linear_cross_entropy(hidden.flatten(0, 1), self.model.get_output_embeddings().weight, labels.flatten())
