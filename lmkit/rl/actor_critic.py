@@ -2,7 +2,9 @@
 
 Scoring and training call the same function on the same rows, so that the first mini-batch of an iteration has ratio 1.
 Rows are right-padded, positions count from 0 and no attention mask is needed: no real token of a causal model sees what
-follows it. Logits are made at completion tokens alone. Shapes: B rows, T tokens, N counted completion tokens, V vocabulary.
+follows it. Logits are made at completion tokens alone.
+
+Shapes: B rows, T tokens, N counted completion tokens, V vocabulary.
 """
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmkit.errors import BadInput
-from lmkit.models.heads import ValueHead, project, token_scores
+from lmkit.models.heads import ValueHead, token_scores
 
 
 class ActorCritic(nn.Module):
@@ -45,8 +47,8 @@ def target_logprobs(
 
 
 def _logprobs(policy, hidden, targets, temperature, with_entropy):
-    logits = policy.get_output_embeddings()(hidden).float() / temperature
-    distribution = logits.log_softmax(-1)
+    logits = policy.get_output_embeddings()(hidden).float()
+    distribution = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None
     return distribution.gather(1, targets[:, None]).squeeze(1), entropies
 
@@ -81,5 +83,5 @@ def check_policy(policy: PreTrainedModel, name: str) -> None:
     if found is None or found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise BadInput(
             f"{name} is a {type(policy).__name__}, whose logits are not its output layer on the backbone's last hidden "
-            "states (it scales or caps them), or which has no output layer; PPO here needs a plain causal language model."
+            "states (it scales or caps them), or which has no output layer; PPO needs a plain causal language model."
         )

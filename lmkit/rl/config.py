@@ -81,8 +81,8 @@ class PPOConfig(Config):
         mistakes = []
         if (self.kl_placement, self.kl_estimator) not in {("reward", "k1"), ("loss", "k2"), ("loss", "k3")}:
             mistakes.append(
-                f"kl_estimator {self.kl_estimator} with kl_placement {self.kl_placement}: its gradient is not that of the "
-                "KL; use k1 in the reward, or k2 or k3 in the loss"
+                f"kl_estimator {self.kl_estimator} with kl_placement {self.kl_placement}: its gradient is not that of "
+                "the KL; use k1 in the reward, or k2 or k3 in the loss"
             )
         if self.num_mini_batches > self.rollout_batch_size:
             mistakes.append(

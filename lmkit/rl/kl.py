@@ -1,8 +1,8 @@
 """How far the policy is from the reference: three estimates per token, and the coefficient that prices them.
 
 KL(policy || reference) is estimated from tokens the policy drew (Schulman, Approximating KL divergence, 2020). Where an
-estimate may stand: k1 in the reward and k2 as a loss have the gradient of the KL. The gradient of k3 as a loss is biased,
-and k3 in the reward pays for leaving the reference's support (arXiv:2510.01555).
+estimate may stand: k1 in the reward and k2 as a loss have the gradient of the KL. The gradient of k3 as a loss is
+biased, and k3 in the reward pays for leaving the reference's support (arXiv:2510.01555).
 """
 
 from torch import Tensor

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import kl_per_token
-from lmkit.rl.rollout import Rollout
+from lmkit.rl.rollout import Rollout, completion_ids
 
 NGRAM = 4
 RATIO_TOLERANCE = {False: 1e-4, True: 5e-2}  # of the first mini-batch's log ratio, by whether forwards are in bfloat16
@@ -19,10 +19,10 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
     mask = rollout.mask
     k1 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k1")
     k3 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k3")
-    lengths, stopped = rollout.completion_lengths, rollout.stopped
+    lengths = rollout.completion_lengths
     mismatch = ((rollout.sampled_logprobs - rollout.logprobs).abs() * mask).double()
     totals = rollout.prompt_lengths + lengths
-    completions = [tuple(ids[:n]) for ids, n in zip(rollout.completion_ids.tolist(), lengths.tolist())]
+    completions = [tuple(ids) for ids in completion_ids(rollout)]
     sums = {
         "rows": len(lengths),
         "tokens": lengths.sum(),
@@ -32,7 +32,7 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
         "entropy": rollout.entropies.sum(),
         "scores": rollout.scores.sum(),
         "scores_squared": (rollout.scores.double() ** 2).sum(),
-        "stopped": stopped.sum(),
+        "stopped": rollout.stopped.sum(),
         "values": rollout.values.sum(),
         "mismatch": mismatch.sum(),
         "places": totals.max() * len(totals),
@@ -45,20 +45,20 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
     score, kl = total["scores"] / rows, total["kl"] / rows
     penalised = score - missing_eos_penalty * (1 - total["stopped"] / rows)
     return {
+        "objective/scores": score,
         "objective/kl": kl,
+        "rollout/completion_length_mean": tokens / rows,
+        "rollout/eos_rate": total["stopped"] / rows,
+        "objective/scores_std": max(total["scores_squared"] / rows - score**2, 0.0) ** 0.5,
         "objective/kl_k3": total["kl_k3"] / rows,
         "objective/entropy": total["surprisal"] / rows,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": penalised - kl_coef * kl,
-        "objective/scores": score,
-        "objective/scores_std": max(total["scores_squared"] / rows - score**2, 0.0) ** 0.5,
         "objective/kl_coef": kl_coef,
         "policy/entropy_avg": total["entropy"] / tokens,
         "val/mean": total["values"] / tokens,
         "val/num_eos_tokens": total["stopped"],
-        "rollout/completion_length_mean": tokens / rows,
         "rollout/completion_length_max": _largest(lengths.max(), accelerator),
-        "rollout/eos_rate": total["stopped"] / rows,
         "rollout/truncated_rate": 1 - total["stopped"] / rows,
         "rollout/pad_waste": 1 - total["filled"] / total["places"],
         "rollout/unique_frac": total["distinct"] / rows,
@@ -95,13 +95,13 @@ def warnings(metrics: dict[str, float], config: PPOConfig) -> dict[str, str]:
     ratio_error = metrics["val/first_ratio_error"]
     if ratio_error > RATIO_TOLERANCE[config.bf16]:
         found["ratio"] = (
-            f"the first mini-batch's log ratio reaches {ratio_error:.2g} where it should be 0: old log-probabilities and "
-            "the training forward disagree (dropout, precision, or a model that depends on its padding)"
+            f"the first mini-batch's log ratio reaches {ratio_error:.2g} where it should be 0: old log-probabilities "
+            "and the training forward disagree (dropout, precision, or a model that depends on its padding)"
         )
     if metrics["objective/kl"] < 0 and metrics["objective/kl_k3"] > 1:
         found["kl"] = (
-            f"the mean KL is {metrics['objective/kl']:.2f}, which cannot be: completions are not drawn from the policy that "
-            "is scored (temperature, or a sampler that differs from it)"
+            f"the mean KL is {metrics['objective/kl']:.2f}, which cannot be: completions are not drawn from the policy "
+            "that is scored (temperature, or a sampler that differs from it)"
         )
     if metrics["val/ratio_max"] > 10:
         found["step"] = (
@@ -110,8 +110,8 @@ def warnings(metrics: dict[str, float], config: PPOConfig) -> dict[str, str]:
         )
     if metrics["rollout/truncated_rate"] > 0.5:
         found["truncated"] = (
-            f"{metrics['rollout/truncated_rate']:.0%} of the completions never stop: raise max_new_tokens, or look whether "
-            "the SFT model learnt its stop token"
+            f"{metrics['rollout/truncated_rate']:.0%} of the completions never stop: raise max_new_tokens, or look "
+            "whether the SFT model learnt its stop token"
         )
     return found
 

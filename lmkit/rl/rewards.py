@@ -25,8 +25,10 @@ from lmkit.models.load import load_reward_model
 class Batch:
     """Completions to score, B of each field.
 
-    prompts: as they stand in the dataset, texts or conversations. completions: texts, or for conversations a list of one
-    assistant message. ids: prompt and completion as token ids, the stop token included. columns: the dataset's others.
+    prompts: as they stand in the dataset, texts or conversations.
+    completions: texts, or for conversations a list of one assistant message.
+    ids: prompt and completion as token ids, the stop token included.
+    columns: the dataset's other columns.
     """
 
     prompts: Sequence[Any]
@@ -49,8 +51,8 @@ def make_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: 
         reward, own = load_reward_model(Path(reward), device)
         if own.get_vocab() != tokenizer.get_vocab():
             raise BadInput(
-                f"{reward.name_or_path} is a reward model with another vocabulary ({len(own):,} tokens) than the policy "
-                f"({len(tokenizer):,}); it cannot read the policy's ids. Use one trained from the same tokenizer."
+                f"{reward.name_or_path} is a reward model with another vocabulary ({len(own):,} tokens) than the "
+                f"policy ({len(tokenizer):,}); it cannot read those ids. Use one trained from the same tokenizer."
             )
     elif isinstance(reward, str):
         reward = import_function(reward)
@@ -99,7 +101,7 @@ def checked_scores(function: Callable[..., Any], batch: Batch) -> Tensor:
             finite = False
         if not finite:
             raise BadInput(
-                f"the reward function {name} returned {score!r} for row {row}; wanted a finite number. Its completion is "
-                f"{str(batch.completions[row])[:200]!r}."
+                f"the reward function {name} returned {score!r} for row {row}; wanted a finite number. Its completion "
+                f"is {str(batch.completions[row])[:200]!r}."
             )
     return torch.tensor([float(score) for score in scores])

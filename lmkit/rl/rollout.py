@@ -81,6 +81,11 @@ class Rollout:
         return torch.zeros(mask.shape, device=counted.device).masked_scatter(mask, counted.float())
 
 
+def completion_ids(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each completion, its stop token included, without padding."""
+    return [ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), rollout.completion_lengths.tolist())]
+
+
 def by_length(rollout: Rollout, batch_size: int) -> list[Tensor]:
     """Row numbers in groups of at most `batch_size`, rows of like length together so that little is padded."""
     order = (rollout.prompt_lengths + rollout.completion_lengths).argsort(stable=True, descending=True)
@@ -117,14 +122,13 @@ def collect(
 ) -> tuple[Rollout, dict[str, float]]:
     """A rollout, and the seconds spent in sampling ("rollout"), the reward ("reward") and the models ("score").
 
-    draw: prompts -> completions. forward: model inputs -> logprobs, values, entropies, each [N]; ref_forward: -> logprobs.
-    reward: completion ids of all rows, stop tokens included -> scores [B]. Forwards take `batch_size` rows at once.
+    draw: prompts -> completions. reward: completion ids of all rows, stop tokens included -> scores [B].
+    forward: inputs of at most `batch_size` rows -> logprobs, values, entropies, each [N]; ref_forward: -> logprobs.
     """
     clock = [time.perf_counter()]
     rollout = unscored(prompts, draw(prompts))
     clock.append(time.perf_counter())
-    lengths = rollout.completion_lengths.tolist()
-    scores = reward([ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), lengths)])
+    scores = reward(completion_ids(rollout))
     clock.append(time.perf_counter())
     names = ("logprobs", "values", "entropies", "ref_logprobs")
     tables = {name: torch.zeros_like(rollout.logprobs) for name in names}

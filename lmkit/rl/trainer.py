@@ -5,8 +5,8 @@
     trainer.train()
     trainer.save_model(folder)
 
-Everything random is derived from the seed, the iteration and the purpose (prompts, sampling, shuffling), so a checkpoint
-needs no generator's state, and a resumed run takes the same bits as one never stopped (CPU).
+Everything random is derived from the seed, the iteration and the purpose (prompts, sampling, shuffling), so a
+checkpoint needs no generator's state, and a resumed run takes the same bits as one never stopped (CPU).
 """
 
 import copy
@@ -32,7 +32,7 @@ from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import adapted_kl_coef
 from lmkit.rl.metrics import explained_variance, guard, rollout_metrics, warnings
 from lmkit.rl.rewards import Batch, make_reward
-from lmkit.rl.rollout import Rollout, collect
+from lmkit.rl.rollout import Rollout, collect, completion_ids
 from lmkit.rl.update import advantages_and_returns, make_optimizer, update
 from lmkit.stage import latest_checkpoint, rotate
 from lmkit.tokenization.chat import render, stop_token_ids
@@ -41,6 +41,14 @@ from lmkit.training import checkpoint
 from lmkit.training.optimizers import schedule
 
 NUM_SAMPLES = 4  # completions kept in samples.jsonl at each evaluation
+STATE = ("iteration", "kl_coef", "metrics", "samples")  # what a checkpoint holds besides tensors
+EVALUATED = {
+    "eval/score": "objective/scores",
+    "eval/kl": "objective/kl",
+    "eval/completion_length": "rollout/completion_length_mean",
+    "eval/eos_rate": "rollout/eos_rate",
+    "eval/entropy": "policy/entropy_avg",
+}
 
 
 class PPOTrainer:
@@ -102,6 +110,8 @@ class PPOTrainer:
         self.train_rows, self.train_prompts = self._prepare(train_dataset, "train_dataset")
         self.eval_rows, self.eval_prompts = self._prepare(eval_dataset, "eval_dataset") if eval_dataset else ([], [])
         self.iteration, self.kl_coef = 0, args.kl_coef
+        self.metrics: dict[str, float] = {}
+        self.samples: list[dict[str, Any]] = []
 
     def _critic(self, model, reward, value_model):
         if self.args.critic == "shared":
@@ -146,33 +156,36 @@ class PPOTrainer:
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         options = {"total_steps": args.num_iterations, "start_step": self.iteration, "accelerator": self.accelerator}
-        metrics: dict[str, float] = {}
         with Tracker(self.output_dir, **options, report_to=self.report_to, description="ppo") as tracker:
             if self.iteration == 0 and self.eval_prompts:
-                tracker.log(0, self.evaluate(tracker))
+                tracker.log(0, self.evaluate())
+                tracker.sample(0, self.samples)
             warned: set[str] = set()
             while self.iteration < args.num_iterations:
-                metrics, num_tokens = self._iterate()
+                self.metrics, num_tokens = self._iterate()
                 last = self.iteration == args.num_iterations
-                for kind, text in warnings(metrics, args).items():
+                for kind, text in warnings(self.metrics, args).items():
                     if kind not in warned:
                         warned.add(kind)
                         self.say(f"warning: iteration {self.iteration}: {text}.")
-                if self.eval_prompts and (last or self.iteration % args.eval_steps == 0):
-                    metrics |= self.evaluate(tracker)
-                tracker.log(self.iteration, metrics, tokens=num_tokens)
+                if last or self.iteration % args.eval_steps == 0:
+                    self.metrics |= self.evaluate() if self.eval_prompts else {}
+                    tracker.sample(self.iteration, self.samples)
+                tracker.log(self.iteration, self.metrics, tokens=num_tokens)
                 stop = self._any(self.stop_requested())
                 if stop or last or self.iteration % args.save_steps == 0:
                     self._save()
                 if stop and not last:
                     raise Interrupted(f"stopped after iteration {self.iteration} of {args.num_iterations}, saved.")
-        return metrics
+        return self.metrics
 
     def _iterate(self) -> tuple[dict[str, float], int]:
         """One iteration: rollout, advantages, updates. Returns its metrics and the number of tokens drawn."""
         args, accelerator, started = self.args, self.accelerator, time.perf_counter()
-        rollout, seconds = self.collect(self.train_rows, self.train_prompts, self._rows_of_iteration(), "sampling")
+        index = self._rows_of_iteration()
+        rollout, seconds = self.collect(self.train_rows, self.train_prompts, index, "sampling")
         metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef, accelerator)
+        self.samples = self._table(rollout, self.train_rows, index)
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
         all_reduce = lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()  # noqa: E731
@@ -225,11 +238,11 @@ class PPOTrainer:
             with self.accelerator.autocast():
                 return (target_logprobs(self.reference, *(tensor.to(device) for tensor in inputs), args.temperature),)
 
-        def score(completion_ids):
+        def score(completions):
             chosen = rows[list(index)]
-            asked, texts = chosen.pop("prompt"), self.decode(completion_ids)
+            asked, texts = chosen.pop("prompt"), self.decode(completions)
             spoken = [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for p, t in zip(asked, texts)]
-            ids = [prompts[row] + completion for row, completion in zip(index, completion_ids)]
+            ids = [prompts[row] + completion for row, completion in zip(index, completions)]
             return self.reward(Batch(asked, spoken, ids, chosen))
 
         self.model.eval()
@@ -241,47 +254,38 @@ class PPOTrainer:
         ends = [ids[:-1] if ids[-1] in self.stop_token_ids else ids for ids in completion_ids]
         return self.tokenizer.batch_decode(ends, skip_special_tokens=True)
 
-    def evaluate(self, tracker: Tracker | None = None) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Score, KL, length and ending of one completion for each row of eval_dataset, and what `evaluation` adds.
 
-        The draws have the same seed each time, so that two evaluations differ by the policy alone. Samples go to `tracker`.
+        Every evaluation draws with the same seed, so that two of them differ by the policy alone.
         """
         if not self.eval_prompts:
             raise BadInput("there is no eval_dataset to evaluate on; pass one to PPOTrainer.")
         accelerator = self.accelerator
         index = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         rollout, _ = self.collect(self.eval_rows, self.eval_prompts, index, "evaluation")
+        self.samples = self._table(rollout, self.eval_rows, index)
         found = rollout_metrics(rollout, self.args.missing_eos_penalty, self.kl_coef, accelerator)
-        texts = self.decode([ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), rollout.completion_lengths)])
-        kls = (rollout.logprobs - rollout.ref_logprobs).sum(1)
-        rows = [
-            {
-                "prompt": self.eval_rows[row]["prompt"],
-                "completion": text,
-                "score": score,
-                "kl": kl,
-                "finish_reason": reason,
-            }
-            for row, text, score, kl, reason in zip(
-                index, texts, rollout.scores.tolist(), kls.tolist(), rollout.finish_reasons
-            )
-        ]
-        if tracker is not None:
-            tracker.sample(self.iteration, rows[:NUM_SAMPLES])
-        names = {
-            "eval/score": "objective/scores",
-            "eval/kl": "objective/kl",
-            "eval/entropy": "policy/entropy_avg",
-            "eval/completion_length": "rollout/completion_length_mean",
-            "eval/eos_rate": "rollout/eos_rate",
-        }
-        metrics = {name: found[source] for name, source in names.items()}
+        metrics = {name: found[source] for name, source in EVALUATED.items()}
         if self.evaluation is not None:
-            pairs = list(zip(index, texts))
+            pairs = list(zip(index, self.decode(completion_ids(rollout))))
             pairs = gather_object(pairs) if accelerator.num_processes > 1 else pairs
             own = self.evaluation([self.eval_rows[row] for row, _ in pairs], [text for _, text in pairs])
             metrics |= {f"eval/{name}": value for name, value in own.items()}
         return metrics
+
+    def _table(self, rollout: Rollout, rows: Dataset, index: Sequence[int]) -> list[dict[str, Any]]:
+        """The first rows of a rollout for a person to read; kl is summed over the completion, in nats."""
+        few = rollout.rows(torch.arange(min(NUM_SAMPLES, len(index))))
+        kls = (few.logprobs - few.ref_logprobs).sum(1).tolist()
+        columns = (
+            rows[list(index[:NUM_SAMPLES])]["prompt"],
+            self.decode(completion_ids(few)),
+            few.scores.tolist(),
+            kls,
+        )
+        names = ("prompt", "completion", "score", "kl", "finish_reason")
+        return [dict(zip(names, values)) for values in zip(*columns, few.finish_reasons)]
 
     def save_model(self, directory: Path) -> None:
         """The policy and its tokenizer, as `save_pretrained` writes them. Call it in the main process."""
@@ -296,7 +300,7 @@ class PPOTrainer:
         self.tokenizer.save_pretrained(directory)
 
     def _rows_of_iteration(self) -> list[int]:
-        """This process's rows of train_dataset: its share of the next `rollout_batch_size` of an endless shuffled pass."""
+        """This process's share of the next `rollout_batch_size` rows of an endless shuffled pass over train_dataset."""
         share = self.args.rollout_batch_size // self.accelerator.num_processes
         first = self.iteration * self.args.rollout_batch_size + self.accelerator.process_index * share
         return shuffled(np.arange(first, first + share), len(self.train_prompts), self.seed).tolist()
@@ -330,7 +334,7 @@ class PPOTrainer:
         }
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
-            state = {"iteration": self.iteration, "kl_coef": self.kl_coef}
+            state = {name: getattr(self, name) for name in STATE}
             checkpoint.save(folder / f"step-{self.iteration:06d}", tensors=tensors, state=state)
             rotate(folder)
         self.accelerator.wait_for_everyone()
@@ -346,5 +350,6 @@ class PPOTrainer:
         checkpoint.load_model(self.model, tensors["model"])
         checkpoint.load_optimizers(self.model, [self.optimizer], tensors["optimizer"])
         checkpoint.load_random(tensors["random"], self.accelerator.process_index)
-        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        for name in STATE:
+            setattr(self, name, state[name])
         self.say(f"ppo: going on from iteration {self.iteration} ({path})")

@@ -89,9 +89,9 @@ def update(
         norms.append([accelerator.clip_grad_norm_(g["params"], config.max_grad_norm).item() for g in groups])
         if not math.isfinite(sum(norms[-1]) + float(totals["loss"])):
             raise Stopped(
-                f"the loss ({float(totals['loss'])}) or a gradient norm (policy {norms[-1][0]}, critic {norms[-1][1]}) is "
-                f"not finite at update {step + 1} of this iteration; the update was not made. Lower learning_rate or look "
-                "at the rewards."
+                f"at update {step + 1} the summed loss is {float(totals['loss'])} and the gradient norms {norms[-1]} "
+                "(policy, critic); they must be finite, so the update was not made. Lower learning_rate or look at the "
+                "rewards."
             )
         for group, base in zip(groups, bases):
             group["lr"] = base * rates[step]
