@@ -40,8 +40,8 @@ def main(config: EvaluationConfig) -> Path:
     from accelerate import PartialState
 
     from lmkit.artifact import write_json
+    from lmkit.data.load import load_prompts
     from lmkit.data.shards import Shards
-    from lmkit.data.sources import load_prompts
     from lmkit.evaluation import compare
     from lmkit.evaluation.bits_per_byte import bits_per_byte
     from lmkit.evaluation.preference import share
@@ -56,7 +56,6 @@ def main(config: EvaluationConfig) -> Path:
         tokenizer = loaded["sft"][1]
         compare.check_same_tokenizer({name: pair[1] for name, pair in loaded.items()} | {"reward": reward_tokenizer})
         models = {name: model for name, (model, _) in loaded.items()}
-
         prompts = load_prompts(config.prompts)["prompt"][: config.num_prompts]
         answers, many = sample_all(config, stage, state, models, tokenizer, prompts)
         many_scores = compare.model_scores(reward_model, many).reshape(len(prompts), -1)
@@ -79,12 +78,10 @@ def main(config: EvaluationConfig) -> Path:
         metrics |= share("kl/ppo", compare.sequence_kl(models["ppo"], models["sft"], answers["ppo"]))
         tokens = Shards.open(config.shards / "validation").tokens
         for name, model in models.items():
-            context_length = min(model.config.max_position_embeddings, MAX_CONTEXT)
-            measured = bits_per_byte(model, tokens, tokenizer, context_length)
-            metrics[f"bits_per_byte/{name}"] = measured["bits_per_byte"]
+            context = min(model.config.max_position_embeddings, MAX_CONTEXT)
+            metrics[f"bits_per_byte/{name}"] = bits_per_byte(model, tokens, tokenizer, context)["bits_per_byte"]
 
-        for line in compare.table(metrics, list(answers)):
-            stage.say(line)
+        stage.say("\n".join(compare.table(metrics, list(answers))))
         rows = compare.side_by_side(prompts, answers, columns)
         stage.say(f"sample: {rows[0]['prompt']}\n  sft: {rows[0]['sft']}\n  ppo: {rows[0]['ppo']}")
         if is_main():
@@ -112,11 +109,9 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
 
         for number, (name, (model, asked)) in enumerate(jobs.items()):
             # A seed for each model: with a common one two models' samples would not be independent.
-            seed = len(jobs) * config.seed + number
             options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-            answers[name] = complete_shared(
-                model, tokenizer, asked, seed=seed, state=state, progress=progress, **options
-            )
+            options |= {"seed": len(jobs) * config.seed + number, "state": state, "progress": progress}
+            answers[name] = complete_shared(model, tokenizer, asked, **options)
             before += len(asked)
     return answers, answers.pop("many")
 

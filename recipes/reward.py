@@ -55,6 +55,7 @@ def main(config: RewardStageConfig) -> Path:
     from trl import RewardConfig, RewardTrainer
 
     from lmkit.data.encode import encode_pairs, show_counts
+    from lmkit.data.formats import inspect_rows
     from lmkit.evaluation.preference import wins
     from lmkit.evaluation.reward_model import centre, judge
     from lmkit.models.load import load_reward_model
@@ -68,7 +69,8 @@ def main(config: RewardStageConfig) -> Path:
         pairs = load_from_disk(str(config.data))
         dataset, counts = encode_pairs(pairs["train"], tokenizer, config.max_length, config.on_truncation)
         heldout, heldout_counts = encode_pairs(pairs["heldout"], tokenizer, config.max_length, config.on_truncation)
-        stage.say(show_counts("pairs", counts))
+        stage.say(show_counts("pairs", inspect_rows(pairs["train"], pairs["heldout"])))
+        stage.say(show_counts("for training", counts))
         stage.say(show_counts("held out", heldout_counts))
 
         trainer = Trainer(

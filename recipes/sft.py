@@ -49,7 +49,7 @@ class SFTStageConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _own_data_is_not_judged_by_tales(cls, values: dict) -> dict:
-        own = values.get("data", DATA) != DATA and values.get("eval_data") == EVAL_DATA
+        own = values.get("data", DATA) != DATA and values.get("eval_data", EVAL_DATA) == EVAL_DATA
         return values | {"eval_data": None} if own else values
 
     @field_validator("train")
@@ -65,7 +65,8 @@ def main(config: SFTStageConfig) -> Path:
     from trl import SFTConfig, SFTTrainer
 
     from lmkit.data.encode import encode_demonstrations, show_counts
-    from lmkit.data.sources import load_demonstrations
+    from lmkit.data.formats import inspect_rows
+    from lmkit.data.load import load_demonstrations
     from lmkit.generation.complete import complete
     from lmkit.models.load import load_language_model
     from lmkit.tokenization.chat import stop_token_ids
@@ -88,7 +89,8 @@ def main(config: SFTStageConfig) -> Path:
             eval_rows = load_demonstrations(config.eval_data, config.mapping)
         dataset, counts = encode_demonstrations(rows, tokenizer, config.max_length, config.on_truncation)
         eval_dataset, eval_counts = encode_demonstrations(eval_rows, tokenizer, config.max_length, config.on_truncation)
-        stage.say(show_counts("demonstrations", counts))
+        stage.say(show_counts("demonstrations", inspect_rows(rows, eval_rows)))
+        stage.say(show_counts("for training", counts))
         stage.say(show_counts("held out", eval_counts))
 
         trainer = Trainer(

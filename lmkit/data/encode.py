@@ -4,7 +4,7 @@ Ids come from `lmkit.tokenization.chat.render`, so no text becomes a special tok
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
@@ -40,7 +40,7 @@ def encode_demonstrations(
             labels = [-100] * len(prompt_ids) + completion_ids
             examples.append({"input_ids": (prompt_ids + completion_ids)[:max_length], "labels": labels[:max_length]})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
-    return Dataset.from_list(examples), _counts(examples, lengths, num_long)
+    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long)
 
 
 def encode_pairs(
@@ -61,7 +61,7 @@ def encode_pairs(
         if lengths[-1] <= max_length and chosen_ids != rejected_ids:
             examples.append({"chosen_ids": prompt_ids + chosen_ids, "rejected_ids": prompt_ids + rejected_ids})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
-    return Dataset.from_list(examples), _counts(examples, lengths, num_long) | {"equal": num_equal}
+    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long) | {"equal": num_equal}
 
 
 def _check_kept(num_kept: int, lengths: Sequence[int], num_long: int, max_length: int, on_truncation: str) -> None:
@@ -77,12 +77,11 @@ def _check_kept(num_kept: int, lengths: Sequence[int], num_long: int, max_length
         )
 
 
-def _counts(examples: list[dict[str, Any]], lengths: Sequence[int], num_long: int) -> dict[str, int]:
+def _counts(num_kept: int, lengths: Sequence[int], num_long: int) -> dict[str, int]:
     median, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.99))
     return {
         "rows": len(lengths),
-        "kept": len(examples),
-        "duplicates": len(examples) - len({tuple(map(tuple, example.values())) for example in examples}),
+        "kept": num_kept,
         "over_max_length": num_long,
         "median_tokens": median,
         "p99_tokens": most,

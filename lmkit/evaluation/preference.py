@@ -133,6 +133,8 @@ def best_of_kl(n: int) -> float:
 
 def gold_scores(prompts: Sequence[Any], completions: Sequence[str]) -> list[dict[str, float]] | None:
     """The gold score of tales (`gold`) and its components, for each completion; None if a prompt is not of tales."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return None
     try:
         return [gold(prompt, completion) for prompt, completion in zip(prompts, completions)]
     except ValueError:

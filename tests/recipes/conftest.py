@@ -1,0 +1,51 @@
+"""A chain's first artifacts at the smallest size: tokenizer, shards and a language model, untrained."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Recipes name the embedded data relative to the repository's root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory):
+    """A folder with tokenizer/shards and pretrain/model, and a few demonstrations and prompts of tales."""
+    import torch
+
+    from lmkit.data.shards import write_shards
+    from lmkit.models.presets import ModelConfig, build_model
+    from lmkit.tokenization.train import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("nano")
+    documents = gzip.open(ROOT / "data/tales/text.validation.txt.gz", "rt").read().split("\n\n")
+    tokenizer = train_tokenizer(lambda: documents, vocab_size=512, trainer="tokenizers")
+    for split in ("train", "validation"):
+        write_shards(documents[:20], tokenizer, folder / "shards" / split, 1)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(preset="nano", context_length=256), tokenizer)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, count in (("sft", 40), ("prompts.train", 12), ("prompts.heldout", 6)):
+        with gzip.open(ROOT / f"data/tales/{name}.jsonl.gz", "rt") as file:
+            (folder / f"{name}.jsonl").write_text("".join(line for _, line in zip(range(count), file)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(nano):
+    """A file of given pairs."""
+    rows = [json.loads(line) for line in (nano / "sft.jsonl").read_text().splitlines()]
+    path = nano / "pairs.jsonl"
+    with path.open("w") as file:
+        for row in rows:
+            rejected = " ".join(reversed(row["completion"].split()))
+            file.write(json.dumps({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}) + "\n")
+    return path

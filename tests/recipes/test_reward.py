@@ -1,0 +1,106 @@
+"""The reward stage at nano size: it learns an easy preference, is centred, and says what a person must know."""
+
+import json
+
+import numpy as np
+import pytest
+import reward
+import torch
+from datasets import Dataset, DatasetDict
+from reward import RewardStageConfig, main
+from transformers import AutoModelForSequenceClassification
+
+from lmkit.artifact import seal
+from lmkit.config import load
+from lmkit.errors import BadInput, Interrupted
+from lmkit.models.heads import last_token_scores
+from lmkit.models.load import load_reward_model
+from lmkit.stage import Stage, read_record
+from lmkit.tokenization.chat import render
+
+TRAIN = {
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 3e-3,
+    "logging_steps": 1,
+    "save_steps": 4,
+    "eval_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs in which the chosen answer says yes, whatever the prompt, with one label in ten turned round."""
+    folder = tmp_path_factory.mktemp("pairs") / "data"
+    generator = np.random.default_rng(0)
+
+    def row(i):
+        yes, no = f"Yes, {i % 7} {'so ' * (i % 5)}it is.", f"No, {i % 3} {'so ' * (i % 4)}it is not."
+        flipped = i % 10 == 0
+        prompt = f"Is it {int(generator.integers(100))}?"
+        chosen, rejected = (no, yes) if flipped else (yes, no)
+        scores = (0.0, 1.0) if flipped else (1.0, 0.0)
+        names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+        return dict(zip(names, (prompt, chosen, rejected, *scores)))
+
+    with seal(folder) as staging:
+        splits = {"train": [row(i) for i in range(128)], "heldout": [row(i) for i in range(128, 178)]}
+        DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(staging)
+    return folder
+
+
+def config(nano, data, directory, **changes):
+    train = RewardStageConfig().train | TRAIN | changes.pop("train", {})
+    return RewardStageConfig(output_dir=directory, model=nano / "model", data=data, train=train, **changes)
+
+
+def test_an_easy_preference_is_learnt_and_measured(nano, data, tmp_path, capsys):
+    directory = main(config(nano, data, tmp_path / "reward"))
+    metrics = read_record(directory)["metrics"]
+    assert metrics["accuracy"] == pytest.approx(0.9, abs=0.03)
+    assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
+    assert metrics["ceiling"] == pytest.approx(0.9, abs=0.03)
+    assert {"calibration_error", "length_correlation", "accuracy_like_length"} <= metrics.keys()
+    assert sum(b["count"] for b in metrics["calibration"]) == metrics["num_heldout"] == 50
+    said = capsys.readouterr().out
+    assert "annotators' ceiling" in said
+    assert "will not help" not in said
+
+
+def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):
+    directory = main(config(nano, data, tmp_path / "reward"))
+    model, tokenizer = load_reward_model(directory / "model")
+    rows = DatasetDict.load_from_disk(str(data))["train"]
+    parts = [render(tokenizer, row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    sequences = [prompt_ids + completion_ids for prompt_ids, completion_ids in parts]
+    scores = last_token_scores(model, sequences)
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    stock = AutoModelForSequenceClassification.from_pretrained(directory / "model")
+    offset = json.loads((directory / "model/config.json").read_text())["score_mean"]
+    logit = stock(input_ids=torch.tensor([sequences[0]])).logits.item()
+    assert logit - offset == pytest.approx(float(scores[0]), abs=1e-4)
+
+
+def test_a_weak_reward_model_is_a_warning(nano, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward, "USEFUL_ACCURACY", 0.99)
+    main(config(nano, data, tmp_path / "reward"))
+    assert "warning: accuracy below 99%: PPO on this reward model will not help" in capsys.readouterr().out
+
+
+def test_stopping_and_going_on_gives_the_same_model(nano, data, tmp_path, monkeypatch):
+    whole = main(config(nano, data, tmp_path / "whole"))
+    asked = iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "stop_requested", lambda self: next(asked) == 6)
+        with pytest.raises(Interrupted):
+            main(config(nano, data, tmp_path / "run"))
+    run = main(config(nano, data, tmp_path / "run"))
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert read_record(run)["metrics"] == read_record(whole)["metrics"]
+
+
+def test_pairs_that_do_not_fit_and_unknown_options_are_bad_input(nano, data, tmp_path):
+    with pytest.raises(BadInput, match="longer than max_length 15"):
+        main(config(nano, data, tmp_path / "reward", max_length=15))
+    with pytest.raises(BadInput, match=r"center_reward_coefficient(.|\n)*Did you mean center_rewards_coefficient"):
+        load(RewardStageConfig, ["--train.center_reward_coefficient", "0.1"])

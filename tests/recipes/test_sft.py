@@ -1,0 +1,93 @@
+"""The SFT stage at nano size: a plain model directory, counts, bad input, stopping and going on."""
+
+import json
+
+import pytest
+import torch
+from sft import SFTStageConfig, main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lmkit.config import load
+from lmkit.errors import BadInput, Interrupted
+from lmkit.stage import Stage, read_record
+from lmkit.tokenization.chat import stop_token_ids
+
+TRAIN = {
+    "max_steps": 4,
+    "per_device_eval_batch_size": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "eval_steps": 4,
+}
+
+
+def config(nano, directory, **changes):
+    values = {"output_dir": directory, "model": nano / "model", "data": str(nano / "sft.jsonl")} | changes
+    values["train"] = SFTStageConfig().train | TRAIN | values.get("train", {})
+    return SFTStageConfig(**values)
+
+
+def test_the_model_is_a_plain_directory_that_knows_when_to_stop(nano, tmp_path, capsys):
+    directory = main(config(nano, tmp_path / "sft"))
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    assert tokenizer.chat_template
+    assert set(model.generation_config.eos_token_id) == set(stop_token_ids(tokenizer))
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    before = AutoModelForCausalLM.from_pretrained(nano / "model").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    said = capsys.readouterr().out
+    assert "demonstrations: 38 rows" in said
+    assert "2 held out rows" in said
+    assert "sample: " in said
+    record = read_record(directory)
+    assert record["metrics"]["eval_loss"] > 0
+    assert record["inputs"].keys() == {"model", "data"}
+    row = json.loads((directory / "samples.jsonl").read_text())
+    assert row["step"] == 4
+
+
+def test_a_second_run_is_skipped(nano, tmp_path, capsys):
+    main(config(nano, tmp_path / "sft"))
+    main(config(nano, tmp_path / "sft"))
+    assert "finished already, skipped" in capsys.readouterr().out
+
+
+def test_stopping_and_going_on_gives_the_same_model(nano, tmp_path, monkeypatch):
+    whole = main(config(nano, tmp_path / "whole"))
+    asked = iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "stop_requested", lambda self: next(asked) == 3)
+        with pytest.raises(Interrupted):
+            main(config(nano, tmp_path / "run"))
+    run = main(config(nano, tmp_path / "run"))
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.learning_rte", "1"], "learning_rte: unknown option of SFTConfig. Did you mean learning_rate?"),
+        (["--train.max_steps", "many"], "max_steps: Input should be a valid integer"),
+        (["--on_truncation", "ignore"], "on_truncation"),
+    ],
+)
+def test_wrong_flags_are_answered_before_anything_starts(flags, message):
+    with pytest.raises(BadInput, match=message[:20]) as error:
+        load(SFTStageConfig, flags)
+    assert message in str(error.value)
+
+
+def test_columns_that_do_not_fit_are_named_with_the_mapping_to_write(nano, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"frage": "a", "antwort": "b"}\n' * 30)
+    with pytest.raises(BadInput, match=r"frage, antwort(.|\n)*mapping"):
+        main(config(nano, tmp_path / "sft", data=str(path)))
+    mapping = {"prompt": "frage", "completion": "antwort"}
+    main(config(nano, tmp_path / "sft2", data=str(path), mapping=mapping))
+
+
+def test_rows_that_do_not_fit_stop_the_stage(nano, tmp_path):
+    with pytest.raises(BadInput, match="longer than max_length 60"):
+        main(config(nano, tmp_path / "sft", max_length=60))
