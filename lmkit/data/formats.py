@@ -105,16 +105,16 @@ def to_prompts(rows: Dataset, mapping: Mapping[str, str] | None = None, source_n
     if "prompt" in names:
         return _convert(rows, lambda r: {"prompt": _prompt(r["prompt"])}, ["prompt"], source_name)
     if column := _conversation_column(names):
-        read = lambda r: {"prompt": _open_prompt(_messages(r[column], r))}  # noqa: E731 - one expression, as its siblings
-        return _convert(rows, read, [column, "system"], source_name)
+        consumed = [column, "system"]
+        return _convert(rows, lambda r: {"prompt": _open_prompt(_messages(r[column], r))}, consumed, source_name)
     if "instruction" in names:
         alpaca = _alpaca_prompt(rows)
         return _convert(rows, lambda r: {"prompt": _prompt(alpaca(r))}, _ALPACA, source_name)
     if "question" in names:
         return _convert(rows, lambda r: {"prompt": _prompt(r["question"])}, ["question"], source_name)
     if {"chosen", "rejected"} <= names:
-        read = lambda r: {"prompt": _answers(None, r)["prompt"]}  # noqa: E731
-        return _convert(rows, read, ["chosen", "rejected"], source_name)
+        consumed = ["chosen", "rejected"]
+        return _convert(rows, lambda r: {"prompt": _answers(None, r)["prompt"]}, consumed, source_name)
     raise _unknown(rows, ("prompt",), "prompts", source_name)
 
 
@@ -200,6 +200,10 @@ def _convert(rows: Dataset, read: Callable[[Row], Row], consumed: list[str], sou
         raise BadInput(f"{source}: {len(refused):,} of {len(rows):,} rows cannot be used; {'; '.join(refused[:3])}.")
     if refused:
         warnings.warn(f"{source}: left out {len(refused)} of {len(rows):,} rows; {refused[0]}", stacklevel=3)
+    if len({type(row["prompt"]) for row in made}) > 1:  # a column has one type
+        for row in made:
+            prompt = row["prompt"]
+            row["prompt"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     rest = rows.select(kept).remove_columns([name for name in consumed if name in rows.column_names])
     target = Dataset.from_list(made)
     return concatenate_datasets([target, rest], axis=1) if rest.column_names else target
