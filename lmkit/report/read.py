@@ -1,0 +1,97 @@
+"""A run's directories as plain data: records, metrics, samples, log lines. What is not there is left out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmkit.stage import CHAIN, read_record
+from lmkit.tracking import read_jsonl
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What one stage left: record and ending are None where it is not finished or has not ended."""
+
+    record: dict[str, Any] | None
+    ending: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    log: list[str]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.record["metrics"] if self.record else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its stages by name, in the chain's order, and what the evaluation found (empty when there is none)."""
+
+    path: Path
+    stages: dict[str, StageData]
+    evaluation: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        return self.stages[stage].rows if stage in self.stages else []
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        return self.stages[stage].metrics if stage in self.stages else {}
+
+    @property
+    def unfinished(self) -> list[str]:
+        return [name for name in CHAIN if name not in self.stages or self.stages[name].record is None]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the compared models, in the order they are made: base, sft, best_of_8, ppo."""
+        names = (key.removeprefix("length/") for key in self.evaluation if key.startswith("length/"))
+        order = {"base": 0, "sft": 1, "ppo": 3}
+        return sorted((n for n in names if not n.endswith(("_low", "_high"))), key=lambda name: order.get(name, 2))
+
+    @property
+    def judge(self) -> str | None:
+        """What judges the models: "gold", "judge" (a reward model trained on other pairs), or None."""
+        name = self.evaluation.get("judge")
+        return name if name in ("gold", "judge") else None
+
+    @property
+    def components(self) -> list[str]:
+        """Parts of the gold score."""
+        prefixes = (key.split("/")[0] for key in self.evaluation)
+        return list(dict.fromkeys(p.removeprefix("gold_") for p in prefixes if p.startswith("gold_")))
+
+
+def read_run(path: Path) -> Run:
+    path = Path(path)
+    stages = {name: _read_stage(path / name) for name in CHAIN if (path / name).is_dir()}
+    results = path / "evaluation" / "results"
+    return Run(path, stages, _json(results / "metrics.json") or {}, read_jsonl(results / "samples.jsonl"))
+
+
+def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, where it was logged; "nan" and "inf" become the numbers they stand for.
+
+    >>> series([{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": "nan"}], "loss")
+    ([1, 3], [2.0, nan])
+    """
+    found = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _read_stage(folder: Path) -> StageData:
+    log = folder / "log.txt"
+    return StageData(
+        record=read_record(folder),
+        ending=_json(folder / "exit.json"),
+        rows=read_jsonl(folder / "metrics.jsonl"),
+        samples=read_jsonl(folder / "samples.jsonl"),
+        log=log.read_text(encoding="utf-8").splitlines() if log.exists() else [],
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
