@@ -118,7 +118,7 @@ class Stage:
         self._started = time.time()
         if not is_main():
             return self
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = (self.directory / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -311,7 +311,7 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         print(f"\nerror: {reason}" if code != Interrupted.exit_code else f"\n{reason}", file=sys.stderr)
     if code == Interrupted.exit_code:
         print(f"Go on with the same command: python {' '.join(sys.argv)}", file=sys.stderr)
-    if config is not None and is_main() and code != Locked.exit_code:
+    if isinstance(config, StageConfig) and is_main() and code != Locked.exit_code:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "exit.json", {"code": code, "reason": reason})
     sys.exit(code)
