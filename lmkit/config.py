@@ -132,7 +132,7 @@ def explain(cls: type[Config], values: Any = None, prefix: str = "") -> list[tup
             rows += explain(type(value), value, f"{prefix}{name}.")
         else:
             name = field.alias or name
-            shown = repr(value) if isinstance(value, str) else str(value)  # a line end as \\n, an empty text as ''
+            shown = str(value).replace("\n", "\\n")
             rows.append((prefix + name, "required" if field.is_required() else shown, field.description or ""))
     return rows
 
