@@ -58,7 +58,7 @@ def main(config: RewardStageConfig) -> Path:
     from lmkit.data.formats import inspect_rows
     from lmkit.evaluation.preference import wins
     from lmkit.evaluation.reward_model import centre, judge
-    from lmkit.models.load import load_reward_model
+    from lmkit.models.load import check_positions, load_reward_model
     from lmkit.training.sealed import SealedCheckpoints, arguments, save_model, train
 
     class Trainer(SealedCheckpoints, RewardTrainer):
@@ -66,6 +66,7 @@ def main(config: RewardStageConfig) -> Path:
 
     with stage:
         model, tokenizer = load_reward_model(config.model)
+        check_positions(model, config.max_length)
         pairs = load_from_disk(str(config.data))
         dataset, counts = encode_pairs(pairs["train"], tokenizer, config.max_length, config.on_truncation)
         heldout, heldout_counts = encode_pairs(pairs["heldout"], tokenizer, config.max_length, config.on_truncation)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
-from lmkit.stage import Stage, run
+from lmkit.stage import Stage, is_main, run
 from lmkit.training.train_block import check_train_block
 
 DATA, EVAL_DATA = "data/tales/sft.jsonl.gz", "data/tales/sft.validation.jsonl.gz"
@@ -64,23 +64,23 @@ def main(config: SFTStageConfig) -> Path:
         return stage.directory
     from trl import SFTConfig, SFTTrainer
 
-    from lmkit.data.encode import encode_demonstrations, show_counts
+    from lmkit.data.encode import encode_demonstrations, shortest_prompt, show_counts
     from lmkit.data.formats import inspect_rows
     from lmkit.data.load import load_demonstrations
     from lmkit.generation.complete import complete
-    from lmkit.models.load import load_language_model
+    from lmkit.models.load import check_positions, load_language_model
     from lmkit.tokenization.chat import stop_token_ids
     from lmkit.tracking import append
-    from lmkit.training.sealed import SealedCheckpoints, arguments, save_model, train
+    from lmkit.training.sealed import SealedCheckpoints, arguments, final_evaluation, save_model, train
 
     class Trainer(SealedCheckpoints, SFTTrainer):
         pass
 
     with stage:
         model, tokenizer = load_language_model(config.model)
-        model.generation_config.update(
-            do_sample=True, eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
-        )
+        check_positions(model, config.max_length)
+        ids = {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config.update(do_sample=True, **ids)
         rows = load_demonstrations(config.data, config.mapping)
         if config.eval_data is None:
             split = rows.train_test_split(config.eval_fraction, seed=config.seed)
@@ -102,17 +102,15 @@ def main(config: SFTStageConfig) -> Path:
             processing_class=tokenizer,
         )
         train(trainer)
-        metrics = {"eval_loss": trainer.evaluate()["eval_loss"], **{f"rows/{k}": v for k, v in counts.items()}}
-        prompt = eval_rows[0]["prompt"]
-        sample = complete(model, tokenizer, [prompt], max_new_tokens=config.max_length // 2, seed=config.seed)[0]
-        stage.say(f"sft: held-out loss {metrics['eval_loss']:.4f} after {trainer.state.global_step} steps")
+        loss, step = final_evaluation(trainer)["eval_loss"], trainer.state.global_step
+        stage.say(f"sft: held-out loss {loss:.4f} after {step} steps")
+        prompt, room = shortest_prompt(eval_rows, tokenizer, config.max_length)
+        sample = complete(model, tokenizer, [prompt], max_new_tokens=room, seed=config.seed)[0]
         stage.say(f"sample: {prompt} -> {sample.text}")
-        append(
-            stage.directory / "samples.jsonl",
-            [{"step": trainer.state.global_step, "prompt": prompt, "completion": sample.text}],
-        )
+        if is_main():
+            append(stage.directory / "samples.jsonl", [{"step": step, "prompt": prompt, "completion": sample.text}])
         save_model(trainer)
-        stage.finish(metrics)
+        stage.finish({"eval_loss": loss, **{f"rows/{name}": count for name, count in counts.items()}})
     return stage.directory
 
 

@@ -4,7 +4,7 @@ Ids come from `lmkit.tokenization.chat.render`, so no text becomes a special tok
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -97,3 +97,10 @@ def show_counts(name: str, counts: dict[str, int]) -> str:
     """
     rest = [f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()]
     return f"{name}: {', '.join(rest)}"
+
+
+def shortest_prompt(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Any, int]:
+    """The prompt with the fewest tokens among the first rows, and how many tokens `max_length` leaves for an answer."""
+    prompts = rows["prompt"][:64]
+    lengths = [len(render(tokenizer, prompt)[0]) for prompt in prompts]
+    return prompts[int(np.argmin(lengths))], max(max_length - min(lengths), 1)

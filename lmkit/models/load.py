@@ -72,3 +72,10 @@ def _matched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: P
             "do not belong together. Put the tokenizer the model was trained with there."
         )
     return model
+
+
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raises BadInput when sequences of `max_length` are longer than those the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise BadInput(f"max_length is {max_length}, but the model has {positions} positions. Lower --max_length.")

@@ -9,12 +9,11 @@ at any moment leaves the checkpoint before it; resuming takes the newest one tha
 """
 
 import contextlib
-import json
 import math
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import set_seed
 
 from lmkit.artifact import seal
@@ -146,10 +145,11 @@ def train(trainer: SealedCheckpoints) -> None:
     """
     checkpoint = latest_checkpoint(trainer.stage.checkpoints)
     if checkpoint is not None:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        trainer.stage.say(f"resuming from step {state['global_step']} of {state['max_steps']}")
-        if state["global_step"] == state["max_steps"]:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.stage.say(f"resuming from step {state.global_step} of {state.max_steps}")
+        if state.global_step == state.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))  # train() would take one step more
+            trainer.state = state
             return
     set_seed(trainer.args.seed)
     with contextlib.ExitStack() as cleanup:
@@ -157,6 +157,12 @@ def train(trainer: SealedCheckpoints) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved.")
+
+
+def final_evaluation(trainer: SealedCheckpoints) -> dict[str, float]:
+    """The held-out metrics of the trained model (`eval_loss`, ...): those of the last step, or measured now."""
+    logged = [row for row in trainer.state.log_history if row["step"] == trainer.state.global_step]
+    return next((row for row in logged if "eval_loss" in row), None) or trainer.evaluate()
 
 
 def save_model(trainer: SealedCheckpoints, artifact: str = "model") -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lmkit.errors import BadInput
 from lmkit.models.heads import last_token_scores
-from lmkit.models.load import load_language_model, load_reward_model
+from lmkit.models.load import check_positions, load_language_model, load_reward_model
 from lmkit.models.presets import ModelConfig, build_model
 from lmkit.tokenization.train import train_tokenizer
 
@@ -80,3 +80,10 @@ def test_code_in_a_model_directory_is_not_run(copy):
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
     with pytest.raises(BadInput, match="auto_map"):
         load_language_model(copy)
+
+
+def test_a_length_beyond_the_positions_is_refused(saved):
+    model, _ = load_language_model(saved)
+    check_positions(model, 128)
+    with pytest.raises(BadInput, match="max_length is 129, but the model has 128 positions"):
+        check_positions(model, 129)
