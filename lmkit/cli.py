@@ -20,6 +20,8 @@ from lmkit.stage import CHAIN, read_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 TALKERS = ("ppo", "sft", "pretrain")  # stages whose model writes text, the latest first
+tokenizer = typer.Typer(no_args_is_help=True, help="Look into a tokenizer.")
+app.add_typer(tokenizer, name="tokenizer")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/tiny")]
 
 
@@ -42,8 +44,8 @@ def status(run: Run) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    left = [(stage, state) for stage, *_, state in rows if state != "finished"]
-    print(f"\nnext: {left[0][0]} ({left[0][1]})" if left else "\nnext: nothing, every stage is finished")
+    left = [stage for stage, *_, state in rows if state != "finished"]
+    print(f"\nnext: {left[0]}" if left else "\nnext: nothing, every stage is finished")
 
 
 @app.command("verify")
@@ -98,6 +100,18 @@ def chat(
 
         voices = [load_voice(name, path) for name, path in found.items()]
         talk(Chat(voices, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens))
+
+
+@tokenizer.command()
+def explain(
+    text: Annotated[str, typer.Argument(metavar="WORD", help="a word or a short text")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer's directory")] = Path("runs/tiny/tokenizer/tokenizer"),
+) -> None:
+    """Tell step by step how a word becomes ids: how it is cut, and each merge."""
+    with exit_codes():
+        from lmkit.tokenization.explain import explain
+
+        print(explain(tokenizer, text))
 
 
 # --------------------------------------------------------------------------------------------------- what is in a run

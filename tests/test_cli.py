@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def test_status_shows_each_stage_and_what_comes_next(run):
     assert "ended with 75: stopped after step 120 of 300; goes on from step-000120" in lines["sft"]
     assert "0123456789ab" in lines["sft"]
     assert "absent" in lines["ppo"]
-    assert output.strip().splitlines()[-1].startswith("next: sft (ended with 75")
+    assert output.strip().splitlines()[-1] == "next: sft"
 
 
 def test_status_tells_a_stage_made_from_another_input(run):
@@ -132,7 +133,7 @@ def test_help_answers_without_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("status", "verify", "report", "chat"):
+    for command in ("status", "verify", "report", "chat", "tokenizer"):
         assert command in result.stdout
 
 
@@ -176,7 +177,7 @@ def models(tmp_path_factory):
 
     from lmkit.tokenization.train import train_tokenizer
 
-    tokenizer = train_tokenizer(["a fox and a squirrel " * 3], vocab_size=384, allow_smaller_vocab=True)
+    tokenizer = train_tokenizer(lambda: ["a fox and a squirrel " * 3], vocab_size=384, allow_smaller_vocab=True)
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -193,27 +194,39 @@ def models(tmp_path_factory):
     return run
 
 
-COMMAND = [sys.executable, "-c", "from lmkit.cli import app; app()", "chat"]
+def test_tokenizer_explain_tells_the_ids(models):
+    code, output = lmkit("tokenizer", "explain", "squirrel", "--tokenizer", models / "sft" / "model")
+    assert code == 0
+    ids = output.splitlines()[-1].split()
+    assert ids[0] == "ids"
+    assert "".join(part.partition("=")[0] for part in ids[1:]) == "squirrel"
+    code, output = lmkit("tokenizer", "explain", "squirrel", "--tokenizer", models / "absent")
+    assert code == 2
+    assert "does not exist" in output
 
 
 def test_chat_from_a_pipe(models):
-    command = [*COMMAND, str(models), "--compare", "sft,ppo", "--max-new-tokens", "12"]
-    text = "a fox\n\na squirrel\n"
-    result = subprocess.run(command, check=False, input=text, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    arguments = ["chat", str(models), "--compare", "sft,ppo", "--max-new-tokens", "12"]
+    result = CliRunner().invoke(app, arguments, input="a fox\n\na squirrel\n")
+    assert result.exit_code == 0
     names, answers = zip(*(line.split("\t", 1) for line in result.stdout.splitlines()))
     assert names == ("sft", "ppo", "sft", "ppo")
     assert len(set(answers)) == 4
     assert "\x1b" not in result.stdout
+    assert CliRunner().invoke(app, arguments, input="/tmp\n").exit_code == 2
 
 
 def test_chat_at_a_terminal(models):
     main, terminal = pty.openpty()
+    program = [sys.executable, "-c", "from lmkit.cli import app; app()"]
     process = subprocess.Popen(
-        [*COMMAND, str(models / "ppo"), "--temperature", "0", "--max-new-tokens", "8"],
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        [*program, "chat", str(models / "ppo"), "--max-new-tokens", "8"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
         env={**os.environ, "TERM": "xterm"},
-    )  # fmt: skip
+    )
     os.close(terminal)
     shown = ""
 
@@ -230,6 +243,9 @@ def test_chat_at_a_terminal(models):
     wait_for("\r\n> ")
     os.write(main, b"/tmp\n")
     wait_for("/tmp is not a command")
+    wait_for("> ")
+    process.send_signal(signal.SIGINT)
+    wait_for("(stopped; /quit leaves)")
     os.write(main, b"/quit\n")
     assert process.wait(timeout=30) == 0
     os.close(main)

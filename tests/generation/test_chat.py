@@ -26,7 +26,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def tokenizer():
     text = "Once there was a fox who lived near the river and a squirrel who had a flute. "
-    return train_tokenizer([text * 3], vocab_size=384, allow_smaller_vocab=True)
+    return train_tokenizer(lambda: [text * 3], vocab_size=384, allow_smaller_vocab=True)
 
 
 @pytest.fixture(scope="module")
