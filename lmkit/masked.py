@@ -50,7 +50,7 @@ def whiten(
     >>> whiten(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), shift_mean=False)
     tensor([1., 3.])
     """
-    wide = values.double()
+    wide = values.double().masked_fill(~mask, 0)
     mean = masked_mean(wide, mask, all_reduce)
     variance = masked_mean((wide - mean) ** 2, mask, all_reduce)
     scaled = (wide - mean if shift_mean else wide) / (variance + epsilon).sqrt()

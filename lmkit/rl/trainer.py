@@ -91,10 +91,12 @@ class PPOTrainer:
         self.stop_requested, self.say = stop_requested, say
         self.accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
         device = self.accelerator.device
-        if args.rollout_batch_size % self.accelerator.num_processes:
+        share, rest = divmod(args.rollout_batch_size, self.accelerator.num_processes)
+        if rest or share < args.num_mini_batches:
             raise BadInput(
                 f"rollout_batch_size {args.rollout_batch_size} does not divide among {self.accelerator.num_processes} "
-                "processes; make it a multiple."
+                f"processes and {args.num_mini_batches} mini-batches; make it a multiple of the processes, at least "
+                "num_mini_batches in each."
             )
         check_policy(model, "the policy")
         self.reference = (
@@ -189,7 +191,7 @@ class PPOTrainer:
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
         all_reduce = lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()  # noqa: E731
-        _, advantages, returns = advantages_and_returns(rollout, args, self.kl_coef, all_reduce)
+        advantages, returns = advantages_and_returns(rollout, args, self.kl_coef, all_reduce)
         before_updates = time.perf_counter()
         steps = args.num_ppo_epochs * args.num_mini_batches
         try:
@@ -200,7 +202,6 @@ class PPOTrainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 config=args,
-                kl_coef=self.kl_coef,
                 rates=[self._rate(self.iteration * steps + step) for step in range(steps)],
                 accelerator=accelerator,
                 generator=self._generator("shuffle"),

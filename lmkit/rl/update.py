@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lmkit.errors import Stopped
-from lmkit.masked import AllReduce, whiten
+from lmkit.masked import AllReduce, alone, whiten
 from lmkit.rl.actor_critic import ActorCritic
 from lmkit.rl.advantages import generalized_advantages, token_rewards
 from lmkit.rl.config import PPOConfig
@@ -22,18 +22,18 @@ from lmkit.rl.losses import log_ratio, policy_loss, value_loss
 from lmkit.rl.rollout import Rollout, by_length
 
 
-def advantages_and_returns(rollout: Rollout, config: PPOConfig, kl_coef: float, all_reduce: AllReduce):
-    """(rewards, whitened advantages, returns) of a rollout, each [B, C]; means are over all processes."""
+def advantages_and_returns(
+    rollout: Rollout, config: PPOConfig, kl_coef: float, all_reduce: AllReduce = alone
+) -> tuple[Tensor, Tensor]:
+    """Whitened advantages and returns of a rollout, each [B, C]; means are over all processes."""
     mask = rollout.mask
     scores = rollout.scores - config.missing_eos_penalty * ~rollout.stopped
-    penalties = torch.zeros_like(rollout.values)
-    if config.kl_placement == "reward":
-        penalties = kl_coef * kl_per_token(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+    penalties = kl_coef * kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k1")
     rewards = token_rewards(scores, penalties, mask)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
     advantages, returns = generalized_advantages(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-    return rewards, whiten(advantages, mask, all_reduce=all_reduce), returns
+    return whiten(advantages, mask, all_reduce=all_reduce), returns
 
 
 def make_optimizer(model: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
@@ -57,7 +57,6 @@ def update(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     config: PPOConfig,
-    kl_coef: float,
     rates: Sequence[float],
     accelerator: Accelerator,
     generator: torch.Generator,
@@ -78,7 +77,7 @@ def update(
         for number, rows in enumerate(parts):
             # Gradients are exchanged between processes once, after the last micro-batch.
             with accelerator.no_sync(model) if number < len(parts) - 1 else contextlib.nullcontext():
-                loss, sums = micro_batch_loss(batch, rows, *targets, model, config, kl_coef, accelerator.device)
+                loss, sums = micro_batch_loss(batch, rows, *targets, model, config, accelerator.device)
                 # Processes' gradients are averaged; this loss is a mean over the tokens of all of them.
                 accelerator.backward(loss * accelerator.num_processes / count)
             largest = max(largest, sums.pop("ratio_log_max").item())
@@ -105,7 +104,7 @@ def update(
     }
 
 
-def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, model, config, kl_coef, device):
+def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, model, config, device):
     """The summed loss of some rows of a mini-batch, and detached sums for the metrics.
 
     advantages, returns: [B, >= C] of the mini-batch. The loss is a sum over tokens: its caller divides.
@@ -113,10 +112,8 @@ def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, model, c
     part = batch.rows(rows)
     mask = part.mask
     width = mask.shape[1]
-    old_logprobs, ref_logprobs, old_values, advantages, returns = (
-        table[mask].to(device)
-        for table in (part.logprobs, part.ref_logprobs, part.values, advantages[rows, :width], returns[rows, :width])
-    )
+    tables = (part.logprobs, part.values, advantages[rows, :width], returns[rows, :width])
+    old_logprobs, old_values, advantages, returns = (table[mask].to(device) for table in tables)
     inputs = (tensor.to(device) for tensor in part.model_inputs())
     logprobs, values, entropies = model(*inputs, config.temperature, config.entropy_coef > 0)
     policy = policy_loss(
@@ -124,8 +121,6 @@ def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, model, c
     ).sum()
     value = value_loss(values, old_values, returns, cliprange_value=config.cliprange_value).sum()
     loss = policy + config.vf_coef * value
-    if config.kl_placement == "loss":
-        loss = loss + kl_coef * kl_per_token(logprobs, ref_logprobs, config.kl_estimator).sum()
     if entropies is not None:
         loss = loss - config.entropy_coef * entropies.sum()
     with torch.no_grad():
