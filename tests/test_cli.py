@@ -232,11 +232,12 @@ def test_chat_at_a_terminal(models):
 
     def wait_for(text):
         nonlocal shown
-        shown, deadline = "", time.time() + 60
+        deadline = time.time() + 60
         while text not in shown:
             assert time.time() < deadline, f"no {text!r} in {shown!r}"
             if select.select([main], [], [], 1)[0]:
                 shown += os.read(main, 4096).decode(errors="replace")
+        shown = shown.partition(text)[2]
 
     wait_for("> ")
     os.write(main, b"a fox\n")
@@ -246,6 +247,7 @@ def test_chat_at_a_terminal(models):
     wait_for("> ")
     process.send_signal(signal.SIGINT)
     wait_for("(stopped; /quit leaves)")
+    wait_for("> ")
     os.write(main, b"/quit\n")
     assert process.wait(timeout=30) == 0
     os.close(main)
