@@ -93,6 +93,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             if _RESIDUAL_OUTPUT.search(name):
                 # 2 L branches are summed: the residual stream keeps its scale (Radford et al., GPT-2, 2019).
                 parameter.mul_((2 * depth) ** -0.5)
+        # The embedding is the output layer too: with a larger one the first predictions are wrong and sure of it.
+        embedding = model.get_input_embeddings().weight
+        embedding.mul_(min(1.0, 0.02 / model.config.initializer_range))
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(tokenizer), do_sample=True
     )

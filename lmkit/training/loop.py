@@ -34,18 +34,23 @@ def make_accelerator(bf16: bool | None, width: int) -> Accelerator:
 
     BadInput when the launcher asked for several processes and they do not know of each other.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
-    if bf16 is None and on_gpu:
-        bf16 = torch.cuda.is_bf16_supported()
-    elif bf16 is None:
-        bf16 = width >= CPU_BF16_WIDTH and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    accelerator = Accelerator(mixed_precision=mixed_precision(bf16, width))
     if (asked := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise BadInput(
             f"the launcher started {asked} processes, but each of them trains alone. On CPUs launch with "
             f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...`."
         )
     return accelerator
+
+
+def mixed_precision(bf16: bool | None, width: int) -> str:
+    """What `Accelerator(mixed_precision=...)` takes; `bf16` None: bfloat16 where it is faster at this width."""
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if bf16 is None and on_cpu:
+        bf16 = width >= CPU_BF16_WIDTH and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    elif bf16 is None:
+        bf16 = torch.cuda.is_bf16_supported()
+    return "bf16" if bf16 else "no"
 
 
 def fit(
@@ -64,7 +69,7 @@ def fit(
     fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU.
     evaluate: called in every process between updates, with `module` in eval mode; its metrics are logged.
 
-    Returns the last row of metrics. Raises Stopped on a non-finite loss or gradient: before the update on a CPU, on a
+    Returns the last metrics. Raises Stopped on a non-finite loss or gradient: before the update on a CPU, on a
     GPU at the latest before the next log row, evaluation or checkpoint. Raises Interrupted after a signal, a
     checkpoint saved.
     """
@@ -73,8 +78,7 @@ def fit(
     prepared = accelerator.prepare_model(module)
     optimizers = build_optimizers(prepared, config.optim, config.learning_rate, config.weight_decay)
     torch.manual_seed(stage.config.seed + accelerator.process_index)
-    # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads all
-    # three.
+    # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads them.
     window = torch.zeros(3, device=accelerator.device)
     start = _resume(prepared, optimizers, window, accelerator, stage)
     metrics: dict[str, float] = {}
@@ -87,20 +91,24 @@ def fit(
             rate = config.learning_rate * _rate_factor(config, step - 1)
             prepared.train()
             samples, sums = _gradients(prepared, fetch, num_samples, step - 1, config, accelerator, stage.config.seed)
-            norm = accelerator.clip_grad_norm_(prepared.parameters(), config.max_grad_norm)
+            norm = nn.utils.get_total_norm(p.grad for p in prepared.parameters() if p.grad is not None)
             window += torch.stack([*sums, norm.to(sums)])
             if look and not math.isfinite(window.sum()):
                 raise Stopped(_what_is_not_finite(prepared, sums, step, samples, stage))
+            nn.utils.clip_grads_with_norm_(prepared.parameters(), config.max_grad_norm, norm)
             _update(optimizers, rate)
             if "log" in due:
                 loss_sum, tokens, norms = window.tolist()
                 num_steps = (step - 1) % config.logging_steps + 1
-                metrics = {"loss": loss_sum / tokens, "grad_norm": norms / num_steps, "learning_rate": rate}
-                if "evaluate" in due and evaluate is not None:
-                    prepared.eval()
-                    metrics |= evaluate()
-                tracker.log(step, metrics, tokens=round(tokens))
+                row = {"loss": loss_sum / tokens, "grad_norm": norms / num_steps, "learning_rate": rate}
+                tracker.log(step, row, tokens=round(tokens))
+                metrics |= row
                 window.zero_()
+            if "evaluate" in due and evaluate is not None:
+                prepared.eval()
+                scores = evaluate()
+                tracker.log(step, scores)
+                metrics |= scores
             stop = look and _any(stage.stop_requested(), accelerator)
             if stop or "save" in due:
                 _save(prepared, optimizers, window, step, accelerator, stage)
@@ -153,7 +161,7 @@ def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: l
     broken = [name for name, gradient in gradients if not gradient.isfinite().all()]
     mean = sums[0].item() / sums[1].item() if sums[1] else math.nan
     return (
-        f"step {step}: the loss is {mean} over {sums[1]:.0f} tokens, and {len(broken)} of {len(gradients)} gradients are "
+        f"step {step}: the loss is {mean} over {sums[1]:.0f} tokens, {len(broken)} of {len(gradients)} gradients are "
         f"not finite ({', '.join(broken[:3])}). Samples of this process: {samples[:16]}. The last checkpoint in "
         f"{stage.checkpoints} is from before this step. Lower train.learning_rate, or look at these samples."
     )

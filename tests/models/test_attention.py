@@ -1,0 +1,51 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lmkit.models.attention import packed_attention
+from lmkit.models.presets import ModelConfig, transformers_config
+
+
+def make_model(arch="qwen3", **changes):
+    torch.manual_seed(0)
+    config = transformers_config(ModelConfig(preset="nano", arch=arch), 512)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}])
+def test_packed_logits_are_those_of_each_document_alone(arch, changes):
+    model = make_model(arch, **changes)
+    documents = [torch.randint(0, 512, (1, length)) for length in (5, 1, 9)]
+    ids = torch.tensor([[0] * 5 + [1] + [2] * 9])
+    alone = torch.cat([model(input_ids=d, use_cache=False).logits for d in documents], dim=1)
+    with packed_attention(model):
+        packed = model(input_ids=torch.cat(documents, dim=1), document_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_without_documents_it_is_plain_causal_attention():
+    model = make_model()
+    tokens = torch.randint(0, 512, (2, 12))
+    expected = model(input_ids=tokens, use_cache=False).logits
+    with packed_attention(model):
+        torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, expected)
+
+
+def test_a_cache_is_refused():
+    model = make_model()
+    tokens = torch.randint(0, 512, (1, 6))
+    past = model(input_ids=tokens[:, :4], use_cache=True).past_key_values
+    with packed_attention(model), pytest.raises(ValueError, match="use_cache=False"):
+        model(input_ids=tokens[:, 4:], past_key_values=past, use_cache=True)
+
+
+def test_the_name_is_put_back_and_never_saved(tmp_path):
+    model = make_model()
+    before = model.config._attn_implementation
+    with packed_attention(model):
+        model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation == before
+    assert "lmkit" not in (tmp_path / "config.json").read_text()

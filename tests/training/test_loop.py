@@ -1,0 +1,228 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lmkit.config import StageConfig
+from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.stage import Stage, latest_checkpoint, verify
+from lmkit.training import checkpoint, loop
+from lmkit.training.options import TrainConfig
+
+BASE = TrainConfig(max_steps=10, per_device_train_batch_size=8, warmup_steps=2, learning_rate=0.02, logging_steps=3)
+
+
+class Toy(nn.Module):
+    """Classifies tokens from the mean of a window; `dropout` makes it use torch's generator."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, 16)
+        self.hidden = nn.Linear(16, 16)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids).cumsum(1)
+        logits = self.head(self.dropout(self.hidden(x).relu()))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss, (labels != -100).sum()
+
+
+def fetch(numbers):
+    """Rows with different numbers of counted tokens, so that a mean of means would be another loss."""
+    rows = torch.stack([torch.randint(0, 32, (9,), generator=torch.Generator().manual_seed(int(n))) for n in numbers])
+    labels = rows[:, 1:].clone()
+    for label, number in zip(labels, numbers):
+        label[: number % 8] = -100
+    return {"input_ids": rows[:, :-1], "labels": labels}
+
+
+class OneStage(Stage):
+    """A stage of the toy, which a test can ask to stop after some updates."""
+
+    def __init__(self, directory, stop_after=None):
+        super().__init__("toy", StageConfig(output_dir=directory))
+        self.stop_after, self.asked = stop_after, 0
+
+    def stop_requested(self):
+        self.asked += 1
+        return self.asked == self.stop_after
+
+
+def train(directory, stop_after=None, module=None, evaluate=None, **changes):
+    module = module or Toy()
+    with OneStage(directory, stop_after) as stage:
+        loop.fit(
+            module,
+            changes.pop("fetch", fetch),
+            50,
+            BASE.model_copy(update=changes),
+            accelerator=Accelerator(cpu=True),
+            stage=stage,
+            evaluate=evaluate,
+        )
+    return module
+
+
+def same(a, b, tolerance=0.0):
+    pairs = zip(a.state_dict().values(), b.state_dict().values())
+    return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in pairs)
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
+def test_eight_micro_batches_are_one_batch(tmp_path, optim):
+    whole = train(tmp_path / "a", optim=optim)
+    split = train(tmp_path / "b", optim=optim, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    # Newton-Schulz runs in bfloat16, which turns a difference of one rounding into one of 2^-9 of the update.
+    assert same(whole, split, 1e-6 if optim != "muon" else 1e-3)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6 if optim != "muon" else 1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 9])
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
+def test_stopping_anywhere_and_going_on_gives_the_same_bits(tmp_path, optim, stop_after):
+    whole = train(tmp_path / "whole", module=Toy(dropout=0.3), optim=optim)
+    with pytest.raises(Interrupted, match=f"after step {stop_after} of 10"):
+        train(tmp_path / "parts", stop_after, module=Toy(dropout=0.3), optim=optim)
+    parts = train(tmp_path / "parts", module=Toy(dropout=0.3), optim=optim)
+    assert same(whole, parts)
+    tensors = [checkpoint.load(latest_checkpoint(tmp_path / n / "checkpoints"))[0] for n in ("whole", "parts")]
+    for group, named in tensors[0].items():
+        assert named.keys() == tensors[1][group].keys()
+        assert all(torch.equal(value, tensors[1][group][name]) for name, value in named.items()), group
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows(tmp_path / n)]
+        for n in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in timeless[0]] == [3, 6, 9, 10]
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    whole = train(tmp_path)
+    again = train(tmp_path)
+    assert same(whole, again)
+
+
+def test_checkpoints_come_every_save_steps_and_two_are_kept(tmp_path):
+    train(tmp_path, save_steps=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000008", "step-000010"]
+
+
+class Poisoned(Toy):
+    """From its sixth forward on the loss, or only its gradient, is not a number."""
+
+    def __init__(self, loss_too):
+        super().__init__()
+        self.calls, self.loss_too, self.good = 0, loss_too, None
+
+    def forward(self, input_ids, labels):
+        loss, count = super().forward(input_ids, labels)
+        self.calls += 1
+        if self.calls == 6:
+            self.good = {k: v.clone() for k, v in self.state_dict().items()}
+            poison = (self.head.weight.sum() - self.head.weight.sum().detach()) * float("nan")
+            loss = loss + (poison if self.loss_too else (self.head.weight[0, 0] * 0).sqrt())
+        return loss, count
+
+
+@pytest.mark.parametrize("loss_too", [True, False])
+def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, loss_too):
+    module = Poisoned(loss_too)
+    with pytest.raises(Stopped, match=r"step 6: the loss is .* not finite \(head.weight") as error:
+        train(tmp_path, module=module, save_steps=2)
+    assert ("loss is nan" in str(error.value)) == loss_too
+    assert all(torch.equal(value, module.good[name]) for name, value in module.state_dict().items())
+    last = latest_checkpoint(tmp_path / "checkpoints")
+    assert last.name == "step-000004"
+    verify(last)
+    assert [row["step"] for row in rows(tmp_path)] == [3]
+
+
+def test_evaluation_runs_in_eval_mode_every_eval_steps_and_at_the_end(tmp_path):
+    module, modes = Toy(dropout=0.5), []
+    train(
+        tmp_path,
+        module=module,
+        evaluate=lambda: modes.append(module.training) or {"eval/score": len(modes)},
+        eval_steps=4,
+    )
+    assert modes == [False] * 3
+    assert [(row["step"], row["eval/score"]) for row in rows(tmp_path) if "eval/score" in row] == [
+        (4, 1),
+        (8, 2),
+        (10, 3),
+    ]
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [3, 6, 9, 10]
+
+
+def test_tokens_and_losses_of_a_row_are_those_since_the_last_row(tmp_path):
+    seen = []
+    train(tmp_path, fetch=lambda n: seen.append(n) or fetch(n), max_steps=4, logging_steps=2, learning_rate=1e-12)
+    module = Toy()
+    for row, batches in zip(rows(tmp_path), (seen[:2], seen[2:])):
+        sums = [module(**fetch(numbers)) for numbers in batches]
+        assert row["loss"] == pytest.approx(sum(s.item() for s, _ in sums) / sum(c.item() for _, c in sums), rel=1e-6)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_bf16_is_chosen_by_instructions_and_width(monkeypatch, capable):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    assert loop.mixed_precision(None, 1024) == ("bf16" if capable else "no")
+    assert loop.mixed_precision(None, 64) == "no"
+    assert loop.mixed_precision(True, 64) == "bf16"
+    assert loop.mixed_precision(False, 1024) == "no"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="--multi_gpu --num_processes 2"):
+        loop.make_accelerator(False, 64)
+
+
+def launch(directory, changes):
+    """Trains in two processes, by this file as a script; the final parameters."""
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    script = [*command, __file__, str(directory), json.dumps(changes)]
+    script[0] = str(Path(sys.executable).parent / "accelerate")
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    module = Toy()
+    tensors, state = checkpoint.load(latest_checkpoint(directory / "checkpoints"))
+    module.load_state_dict(tensors["model"])
+    return module, state
+
+
+def test_two_processes_are_one(tmp_path):
+    whole = train(tmp_path / "one", optim="adamw_torch_fused", save_steps=5)
+    split, state = launch(tmp_path / "two", {"optim": "adamw_torch_fused", "per_device_train_batch_size": 4})
+    assert state["step"] == 10
+    assert same(whole, split, 1e-6)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+if __name__ == "__main__":
+    with OneStage(Path(sys.argv[1])) as stage:
+        accelerator = loop.make_accelerator(False, 16)
+        assert accelerator.num_processes == 2
+        config = BASE.model_copy(update=json.loads(sys.argv[2]))
+        loop.fit(Toy(), fetch, 50, config, accelerator=accelerator, stage=stage)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
