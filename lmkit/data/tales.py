@@ -248,11 +248,14 @@ _DEMONSTRATORS = {"kind": 0.5, "happy": 0.5, "repeat": 0.15}
 
 
 def corpus(rng: Random, num_stories: int) -> Iterator[str]:
-    """Stories for pretraining, a third of them under a title, none about a held-out combination."""
+    """Stories for pretraining, none about a held-out combination, each under a title.
+
+    The titles are what teaches a small model to bind a request's animal and object to the story that follows.
+    """
     for _ in range(num_stories):
         story = tell(rng, SEEN)
         title = with_articles(_pick(rng, TITLES).format(animal=story.animal, object=story.object))
-        yield f"{title}\n{story.text}" if rng.random() < 1 / 3 else story.text
+        yield f"{title}\n{story.text}"
 
 
 def demonstrations(rng: Random, num_rows: int) -> Iterator[dict[str, str]]:
@@ -310,7 +313,7 @@ def build() -> dict[str, tuple[int, str]]:
         rows = list(rows)
         return len(rows), "".join(json.dumps(row) + "\n" for row in rows)
 
-    stories = {"text.txt": 20_000, "text.validation.txt": 400}
+    stories = {"text.txt": 18_000, "text.validation.txt": 400}
     files = {name: (count, "\n\n".join(corpus(rng(name), count)) + "\n") for name, count in stories.items()}
     files["sft.jsonl"] = lines(demonstrations(rng("sft.jsonl"), 3_000))
     files["sft.validation.jsonl"] = lines(demonstrations(rng("sft.validation.jsonl"), 300))
@@ -322,7 +325,7 @@ def build() -> dict[str, tuple[int, str]]:
 
 _README = """# Tales
 
-20,000 short stories for pretraining, with requests, demonstrations and a gold reward: enough to run the whole chain
+18,000 short stories for pretraining, with requests, demonstrations and a gold reward: enough to run the whole chain
 from raw text to an RLHF-trained model in minutes on a laptop, and to measure exactly what it did.
 
 - Origin: written by a program, the grammar of `lmkit/data/tales_grammar.py` (seed {seed}). No person wrote a story.
@@ -337,7 +340,7 @@ from raw text to an RLHF-trained model in minutes on a laptop, and to measure ex
 |---|---|---|---|
 {table}
 
-`text*.txt.gz` are documents separated by one blank line; a third carry a title line, none a request.
+`text*.txt.gz` are documents separated by one blank line; each carries a title line, none a request.
 Demonstrations are uneven on purpose, which leaves RLHF something to improve: half tell an unkind act, half end badly,
 15 % repeat a sentence. They are never wrong in the requested animal and object or in the hero.
 {held_out} of {combinations} combinations of animal and object appear in `prompts.heldout` alone, and one phrasing of
