@@ -239,15 +239,18 @@ def test_chat_at_a_terminal(models):
                 shown += os.read(main, 4096).decode(errors="replace")
         shown = shown.partition(text)[2]
 
-    wait_for("> ")
-    os.write(main, b"a fox\n")
-    wait_for("\r\n> ")
-    os.write(main, b"/tmp\n")
-    wait_for("/tmp is not a command")
-    wait_for("> ")
-    process.send_signal(signal.SIGINT)
-    wait_for("(stopped; /quit leaves)")
-    wait_for("> ")
-    os.write(main, b"/quit\n")
-    assert process.wait(timeout=30) == 0
-    os.close(main)
+    try:
+        wait_for("> ")
+        os.write(main, b"a fox\n")
+        wait_for("\r\n> ")
+        os.write(main, b"/tmp\n")
+        wait_for("/tmp is not a command")
+        wait_for("> ")
+        process.send_signal(signal.SIGINT)
+        wait_for("(stopped; /quit leaves)")
+        wait_for("> ")
+        os.write(main, b"/quit\n")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(main)
