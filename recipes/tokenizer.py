@@ -12,13 +12,14 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.errors import BadInput
 from lmkit.stage import Stage, run
+from lmkit.tokenization.vocabulary import check_special_tokens, check_vocab_size
 
 CORPUS, VALIDATION = "data/tales/text.txt.gz", "data/tales/text.validation.txt.gz"
 
@@ -32,15 +33,13 @@ class TokenizerConfig(StageConfig):
         "\n\n", "what divides a text file into documents: a line of this text, or blank lines; null: nothing"
     )
     tokenizer: Path | None = source(None, "take this tokenizer directory instead of training one")
-    vocab_size: int = setting(1024, "number of ids, special tokens included; a multiple of 128")
-    kind: Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = setting(
-        "bpe", "byte-level BPE or SentencePiece"
-    )
+    vocab_size: Annotated[int, AfterValidator(check_vocab_size)] = setting(1024, "ids in all; a multiple of 128")
+    kind: Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = setting("bpe", "byte-level or SentencePiece")
     split: Literal["qwen2", "gpt2", "gpt4", "llama3"] = setting("qwen2", "whose expression cuts text into words (bpe)")
     nfc: bool = setting(False, "normalise to Unicode NFC first: then only NFC text comes back exactly")
     max_token_length: int | None = setting(None, "longest token in characters (bpe: bytes)", gt=1)
     min_frequency: int = setting(2, "rarer pairs are not merged (bpe)", gt=0)
-    special_tokens: list[str] = setting([], "up to 16 names as <|name|>, in the places of the reserved tokens")
+    special_tokens: Annotated[list[str], AfterValidator(check_special_tokens)] = setting([], "up to 16, as <|name|>")
     allow_smaller_vocab: bool = setting(False, "accept the vocabulary that the corpus supports")
     trainer: Literal["auto", "tokenizers", "rustbpe"] = knob("auto", "who counts and merges (bpe): the same result")
     num_processes: int = knob(os.cpu_count() or 1, "processes that encode the corpus", gt=0)
@@ -48,7 +47,7 @@ class TokenizerConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _own_corpus_is_not_judged_by_tales(cls, values: dict) -> dict:
-        own = values.get("corpus", CORPUS) != CORPUS and values.get("validation") == VALIDATION
+        own = values.get("corpus", CORPUS) != CORPUS and values.get("validation", VALIDATION) == VALIDATION
         return values | {"validation": None} if own else values
 
 
@@ -75,10 +74,7 @@ def main(config: TokenizerConfig) -> Path:
     # Reads everything once before anything is made: a file that cannot be read is found here.
     num_documents = {split: sum(1 for _ in documents(split)) for split in ("train", "validation")}
     if not num_documents["validation"]:
-        raise BadInput(
-            f"No document of {num_documents['train']} is held out. Give --validation, or raise --validation_fraction "
-            f"from {config.validation_fraction}."
-        )
+        raise BadInput("No document is held out. Give --validation, or raise --validation_fraction.")
     total = (config.tokenizer is None) * num_documents["train"] + sum(num_documents.values())
     with stage, Tracker(stage.directory, total_steps=total, report_to=config.report_to) as tracker:
         steps = itertools.count(1)
@@ -111,7 +107,7 @@ def main(config: TokenizerConfig) -> Path:
         if facts["hostile_changed"]:
             stage.say(f"warning: this tokenizer changes texts with {', '.join(facts['hostile_changed'])}")
         sample = encode_text(tokenizer, next(documents("validation"))[:120])
-        stage.say("sample: " + "|".join(tokenizer.decode([i]) for i in sample))
+        stage.say("sample: " + "|".join(tokenizer.decode([i]) for i in sample).replace("\n", "\\n"))
         stage.finish(facts)
     return stage.directory
 

@@ -6,14 +6,15 @@ all of them see the same ids, and so that text from a user, a corpus or a model 
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lmkit.errors import BadInput
+from lmkit.tokenization.vocabulary import END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
 
-END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
-NUM_RESERVED = 16
-# The position in this list is the token's id.
-SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD, *[f"<|reserved_{i}|>" for i in range(NUM_RESERVED)]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CHAT_TEMPLATE", "ROLES", "SPECIAL_TOKENS", "encode_text", "render", "stop_token_ids"]
 
 ROLES = ("system", "user", "assistant")
 

@@ -28,7 +28,7 @@ _LINE_END = re.compile("[\n\t\r\0\u2581\u2585]")
 _MAX_LINE = 1000
 # In order: the symbols; the "<" of what looks like a byte piece or a special token, so that no text is one; each word
 # with the spaces before it (no piece goes over the end of a word); the cap.
-_WORDS = [r"[\n\t]", r"<(?=0x[0-9A-F]{2}>|unk>|\|[A-Za-z0-9_]+\|>)", r" *[^ ]+| +", rf"[\s\S]{{{MAX_WORD}}}"]
+_WORDS = [r"[\n\t]+", r"<(?=0x[0-9A-F]{2}>|unk>|\|[A-Za-z0-9_]+\|>)", r" *[^ ]+| +", rf"[\s\S]{{{MAX_WORD}}}"]
 
 
 def train_sentencepiece(
@@ -68,8 +68,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise BadInput(
-            f"SentencePiece cannot learn {vocab_size} pieces from this corpus ({error}). Change vocab_size as it asks, or "
-            "give more text."
+            f"SentencePiece cannot learn {vocab_size} pieces from this corpus ({error}). Change vocab_size as it asks, "
+            "or give more text."
         ) from None
     return convert(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), kind, nfc)
 

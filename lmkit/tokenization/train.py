@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +17,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lmkit.errors import BadInput
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, byte_level_tokenizer
-from lmkit.tokenization.chat import CHAT_TEMPLATE, END_OF_TEXT, NUM_RESERVED, PAD, SPECIAL_TOKENS
+from lmkit.tokenization.chat import CHAT_TEMPLATE
+from lmkit.tokenization.vocabulary import (
+    END_OF_TEXT,
+    MIN_VOCAB,
+    MULTIPLE,
+    NUM_RESERVED,
+    PAD,
+    check_vocab_size,
+    special_token_list,
+)
 
 Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
 Trainer = Literal["auto", "tokenizers", "rustbpe"]
-
-MULTIPLE = 128  # of the vocabulary, so that the matrices of a model have a fast shape
-MIN_VOCAB = -(-(256 + len(SPECIAL_TOKENS)) // MULTIPLE) * MULTIPLE
-SPECIAL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]*[A-Za-z0-9][A-Za-z0-9_]*\|>")
 
 
 def train_tokenizer(
@@ -37,7 +41,7 @@ def train_tokenizer(
     nfc: bool = False,
     max_token_length: int | None = None,
     min_frequency: int = 2,
-    special_tokens: Iterable[str] = (),
+    special_tokens: Sequence[str] = (),
     allow_smaller_vocab: bool = False,
     trainer: Trainer = "auto",
 ) -> PreTrainedTokenizerFast:
@@ -59,7 +63,7 @@ def train_tokenizer(
 
     Raises BadInput for an impossible size, an empty corpus or an unusable special token.
     """
-    specials = special_token_list(special_tokens)
+    specials = special_token_list(list(special_tokens))
     check_vocab_size(vocab_size)
     if kind == "bpe":
         backend = _byte_level_bpe(
@@ -93,37 +97,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "tokenizer.add_special_tokens and save it again."
         )
     return tokenizer
-
-
-def special_token_list(names: Iterable[str] = ()) -> list[str]:
-    """All special tokens in the order of their ids, `names` in the places of the first reserved ones.
-
-    >>> special_token_list(["<|tool|>"])[2:6]
-    ['<|im_end|>', '<|pad|>', '<|tool|>', '<|reserved_1|>']
-    """
-    names = list(names)
-    fixed, reserved = SPECIAL_TOKENS[:-NUM_RESERVED], SPECIAL_TOKENS[-NUM_RESERVED:]
-    if len(names) > NUM_RESERVED:
-        raise BadInput(f"{len(names)} special tokens were given; there are {NUM_RESERVED} places. Leave some out.")
-    for name in names:
-        if not SPECIAL_SHAPE.fullmatch(name):
-            raise BadInput(
-                f"The special token {name!r} is not of the shape <|name|> (letters, digits, underscores). An ordinary "
-                "word, a space or an empty text would be cut out of every text it occurs in. Rename it, as in <|tool|>."
-            )
-        if names.count(name) > 1 or name in SPECIAL_TOKENS:
-            raise BadInput(f"The special token {name} is given twice, or is there already. Name each once.")
-    return fixed + names + reserved[len(names) :]
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """BadInput unless there is room for the bytes and the special tokens, and the total is a multiple of 128."""
-    if vocab_size < MIN_VOCAB or vocab_size % MULTIPLE:
-        wanted = max(MIN_VOCAB, -(-vocab_size // MULTIPLE) * MULTIPLE)
-        raise BadInput(
-            f"vocab_size {vocab_size} is not possible: wanted a multiple of {MULTIPLE} with room for 256 bytes and "
-            f"{len(SPECIAL_TOKENS)} special tokens. Set it to {wanted}."
-        )
 
 
 def wrap(backend: Tokenizer, specials: list[str]) -> PreTrainedTokenizerFast:
@@ -179,7 +152,7 @@ def _byte_level_bpe(
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            max_token_length=max_token_length,
+            max_token_length=max_token_length and max_token_length + 1,  # tokenizers keeps tokens shorter than this
             # Bytes are listed here to give them ids in the order of their values, which decides ties between pairs.
             special_tokens=[*specials, *BYTE_CHARACTERS],
             show_progress=False,

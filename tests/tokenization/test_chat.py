@@ -146,7 +146,10 @@ def test_a_foreign_template_is_safe_from_text():
 
 
 def test_the_stop_token_is_what_a_foreign_template_writes_last():
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<end>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     tokenizer = foreign(template)
     assert stop_token_ids(tokenizer) == [2, 1]
     assert tokenizer.decode(render(tokenizer, "a", "b")[1]) == "b<end>"

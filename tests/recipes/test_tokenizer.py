@@ -1,0 +1,140 @@
+"""The tokenizer stage: artifacts as promised on the embedded and on one's own text, refusals, and running again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from tokenizer import TokenizerConfig, main
+from transformers import AutoTokenizer
+
+from lmkit.config import load
+from lmkit.data.shards import Shards
+from lmkit.errors import BadInput
+from lmkit.stage import read_record
+from lmkit.tokenization.chat import encode_text, stop_token_ids
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    stories = [
+        f"Story {i}.\nThe {a} met the {b} in the wood." for i in range(60) for a, b in (("owl", "fox"), ("fox", "hen"))
+    ]
+    path.write_text("\n\n".join(stories))
+    return path
+
+
+def config(tmp_path, corpus, **changes):
+    values = {"output_dir": tmp_path / "out", "corpus": str(corpus), "vocab_size": 384, "num_processes": 1}
+    return TokenizerConfig(**values | {"allow_smaller_vocab": True} | changes)
+
+
+def test_the_stage_on_the_embedded_corpus(tmp_path, capsys):
+    held_out = shutil.copy("data/tales/text.validation.txt.gz", tmp_path / "held_out.txt.gz")
+    values = {"corpus": "data/tales/text.validation.txt.gz", "validation": str(held_out)}
+    directory = main(TokenizerConfig(output_dir=tmp_path / "out", vocab_size=512, num_processes=1, **values))
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    shards = Shards.open(directory / "shards/train")
+    shards.check_tokenizer(tokenizer)
+    assert len(tokenizer) == 512
+    assert stop_token_ids(tokenizer) == [2, 0]
+    assert shards.meta["num_documents"] == 400
+    metrics = read_record(directory)["metrics"]
+    assert metrics["num_exact"] == metrics["num_documents"] == 400
+    assert metrics["train/num_tokens"] == len(shards.tokens)
+    output = capsys.readouterr().out
+    assert "400 of 400 held-out documents come back exactly" in output
+    assert "sample: " in output
+
+
+def test_ones_own_text_is_divided_by_its_content(tmp_path, corpus):
+    directory = main(config(tmp_path, corpus, validation_fraction=0.2))
+    train, validation = (Shards.open(directory / "shards" / split) for split in ("train", "validation"))
+    assert train.meta["num_documents"] + validation.meta["num_documents"] == 120
+    assert 10 < validation.meta["num_documents"] < 40
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    documents = [tokenizer.decode(ids) for ids in np.split(train.tokens, train.document_offsets[1:-1])]
+    held = [tokenizer.decode(ids) for ids in np.split(validation.tokens, validation.document_offsets[1:-1])]
+    assert not set(documents) & set(held)
+
+
+def test_a_given_tokenizer_is_taken_as_it_is(tmp_path, corpus):
+    first = main(config(tmp_path, corpus))
+    taken = config(tmp_path, corpus, output_dir=tmp_path / "second", tokenizer=first / "tokenizer", vocab_size=1024)
+    second = main(taken)
+    texts = ["The owl <|im_end|>", "caf\u00e9"]
+    old, new = (AutoTokenizer.from_pretrained(directory / "tokenizer") for directory in (first, second))
+    assert [encode_text(old, text) for text in texts] == [encode_text(new, text) for text in texts]
+    name = "shards/train/tokens.bin"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_running_again_changes_nothing(tmp_path, corpus, capsys):
+    main(config(tmp_path, corpus))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    main(config(tmp_path, corpus, trainer="tokenizers", num_processes=2))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert "skipped" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="split: qwen2, now gpt2"):
+        main(config(tmp_path, corpus, split="gpt2"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece_bpe", "sentencepiece_unigram"])
+def test_sentencepiece(kind, tmp_path, corpus, capsys):
+    directory = main(config(tmp_path, corpus, kind=kind, split="gpt2"))
+    assert read_record(directory)["metrics"]["hostile_changed"] == []
+
+
+def test_a_lossy_tokenizer_is_warned_about(tmp_path, corpus, capsys):
+    main(config(tmp_path, corpus, nfc=True))
+    assert "warning: this tokenizer changes texts with combining marks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 1000}, "Set it to 1024"),
+        ({"vocab_size": 256}, "Set it to 384"),
+        ({"special_tokens": ["the"]}, "not of the shape"),
+        ({"special_tokens": ["<|a|>", "<|a|>"]}, "given twice"),
+        ({"split": "bert"}, "qwen2"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_read(changes, message, tmp_path):
+    with pytest.raises(ValidationError, match=message):
+        config(tmp_path, "nowhere", **changes)
+
+
+def test_mistakes_are_listed_together():
+    flags = ["--vocab_size", "1000", "--special_tokens", "[the]", "--kindd", "bpe"]
+    with pytest.raises(BadInput, match=r"(?s)3 mistakes.*Set it to 1024.*not of the shape.*Did you mean kind") as error:
+        load(TokenizerConfig, flags)
+    assert "\n" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text"),
+        (b" \n\n \n", "holds no text"),
+        (b"good\n\nb\xe9d", r"corpus\.txt:3"),
+        (b"one document", "held out"),
+    ],
+)
+def test_a_bad_corpus_is_refused_and_nothing_is_made(content, message, tmp_path, corpus):
+    corpus.write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        main(config(tmp_path, corpus))
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_a_vocabulary_the_corpus_cannot_fill_is_refused(tmp_path, corpus):
+    with pytest.raises(BadInput, match="allow_smaller_vocab"):
+        main(config(tmp_path, corpus, vocab_size=8192, allow_smaller_vocab=False))
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    directory = main(config(tmp_path, corpus, vocab_size=8192, output_dir=tmp_path / "other"))
+    meta = json.loads((directory / "shards/train/meta.json").read_text())
+    assert meta["vocab_size"] == len(AutoTokenizer.from_pretrained(directory / "tokenizer")) < 8192

@@ -1,0 +1,111 @@
+"""tiktoken's ids are the tokenizer's, in every case it takes; the rest is left to tokenizers."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lmkit.tokenization import byte_level
+from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, fast_is_exact, has_long_word, make_encoder
+from lmkit.tokenization.chat import encode_text
+from lmkit.tokenization.measure import HOSTILE
+from lmkit.tokenization.train import train_tokenizer
+
+
+def agree(tokenizer, texts):
+    encode = make_encoder(tokenizer.backend_tokenizer.to_str(), fast=True)
+    return all(np.array_equal(ids, encode_text(tokenizer, text)) for ids, text in zip(encode(texts), texts))
+
+
+def is_fast(tokenizer):
+    return byte_level._tiktoken_twin(json.loads(tokenizer.backend_tokenizer.to_str())) is not None
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("nfc", [False, True])
+def test_fast_ids_equal_the_tokenizers(split, nfc, documents):
+    tokenizer = train_tokenizer(lambda: documents, vocab_size=512, split=split, nfc=nfc, allow_smaller_vocab=True)
+    assert is_fast(tokenizer)
+    draw = random.Random(0)
+    alphabet = "ab 'sS\n\t\r.,_-09\u00e9e\u0301\u65e5\u0645\U0001f642\u017f\u00a0\u3000\u2028"
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(1500)]
+    assert agree(tokenizer, [*documents, *HOSTILE.values(), *texts])
+
+
+def test_repeated_characters_are_merged_alike():
+    corpus = ["aaaaaaa aaaa aa aaaaaaaaaaaaa", "abab ababab abababab", "==== ======== ======="] * 20
+    tokenizer = train_tokenizer(lambda: corpus, vocab_size=384, allow_smaller_vocab=True)
+    assert agree(
+        tokenizer, ["a" * n for n in range(40)] + ["ab" * n + "a" for n in range(30)] + ["=" * n for n in range(40)]
+    )
+
+
+def test_words_at_the_cap_are_cut_alike(tokenizer):
+    units = ["a", "=", " ", "\n", "\u65e5", "=\n", "_-", " \n", "1", "\u00a0 "]
+    texts = [f"x {unit * n} y" for unit in units for n in (127, 128, 255, 256, 257, 511, 512, 513, 1024, 1300)]
+    assert agree(tokenizer, texts)
+
+
+def test_a_long_word_is_always_seen():
+    words = pre_tokenizers.Split(byte_level.Regex(SPLITS["qwen2"]), "isolated")
+    draw = random.Random(0)
+    for _ in range(300):
+        runs = [draw.choice(["ab", " ", "\n", "_-", "=", "\u65e5", " \t"]) * draw.randrange(1, 400) for _ in range(4)]
+        text = "x y. " * draw.randrange(30) + "".join(runs)
+        longest = max(len(word) for word, _ in words.pre_tokenize_str(text))
+        assert has_long_word(text) or longest <= byte_level.MAX_WORD
+
+
+def test_other_tokenizers_are_left_to_tokenizers(documents):
+    unigram = train_tokenizer(lambda: documents, vocab_size=384, kind="sentencepiece_unigram", allow_smaller_vocab=True)
+    assert not is_fast(unigram)
+    assert agree(unigram, documents)
+
+
+def test_gpt2s_own_form_is_fast():
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(BYTE_CHARACTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert byte_level._tiktoken_twin(json.loads(backend.to_str())) is not None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert byte_level._tiktoken_twin(json.loads(backend.to_str())) is None
+
+
+def test_added_words_that_are_not_special_are_still_cut_out(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    other = type(tokenizer).from_pretrained(tmp_path)
+    other.add_tokens(["tower"])
+    assert len(tokenizer) in encode_text(other, "the tower is")
+    assert agree(other, ["the tower is", "the river is"])
+
+
+def test_a_tokenizer_tiktoken_would_encode_otherwise_is_found_out():
+    """Merges whose ids do not rise would be applied in another order."""
+    vocab = {c: i for i, c in enumerate([*BYTE_CHARACTERS, "bc", "ab", "abc"])}
+    merges = [("a", "b"), ("b", "c"), ("ab", "c")]
+    backend = byte_level.byte_level_tokenizer(vocab, merges, SPLITS["qwen2"], nfc=False)
+    assert byte_level._tiktoken_twin(json.loads(backend.to_str())) is None
+    assert fast_is_exact(backend.to_str(), ["abc bc ab"])
+
+
+def test_a_difference_on_the_sample_is_warned_about(tokenizer, monkeypatch):
+    monkeypatch.setitem(SPLITS, "qwen2", SPLITS["gpt2"])
+    twin = byte_level._tiktoken_twin
+
+    def other_split(spec):
+        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"[\s\S]"
+        return twin(spec)
+
+    monkeypatch.setattr(byte_level, "_tiktoken_twin", other_split)
+    with pytest.warns(UserWarning, match="slower"):
+        assert not fast_is_exact(tokenizer.backend_tokenizer.to_str(), ["The lowest tower"])
+
+
+@pytest.mark.slow
+def test_the_two_engines_cut_every_character_alike(documents):
+    for split in SPLITS:
+        tokenizer = train_tokenizer(lambda: documents, vocab_size=384, split=split)
+        characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+        assert agree(tokenizer, [f"b{c}b.{c}. {c} \n{c}1{c}'{c}" for c in characters])

@@ -1,0 +1,69 @@
+"""rustbpe gives the merges of tokenizers, or says that it may not."""
+
+import random
+
+import pytest
+
+from lmkit.errors import BadInput
+from lmkit.tokenization import train
+from lmkit.tokenization.byte_level import SPLITS
+from lmkit.tokenization.rustbpe_trainer import train_rustbpe
+
+pytest.importorskip("rustbpe")
+
+
+def both(documents, **options):
+    return [
+        train.train_tokenizer(lambda: documents, trainer=trainer, **options).backend_tokenizer.to_str()
+        for trainer in ("tokenizers", "rustbpe")
+    ]
+
+
+def random_corpus(seed):
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcde", k=draw.randrange(1, 9))) for _ in range(60)]
+    return [" ".join(draw.choices(words, k=12)) for _ in range(60)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_merges_are_equal_on_corpora_full_of_ties(seed):
+    first, second = both(random_corpus(seed), vocab_size=384)
+    assert first == second
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_merges_are_equal_for_each_split(split, documents):
+    first, second = both(documents, vocab_size=384, split=split)
+    assert first == second
+
+
+def test_merges_are_equal_with_long_words_and_nfc(documents):
+    corpus = [*documents, "x " + "ab" * 900 + " y", "e\u0301" * 700, "=" * 3000]
+    first, second = both(corpus, vocab_size=384, nfc=True)
+    assert first == second
+
+
+def test_a_corpus_that_ends_early_is_left_to_tokenizers(documents):
+    first, second = both(documents, vocab_size=8192, allow_smaller_vocab=True)
+    assert first == second
+
+
+def test_pairs_too_rare_are_left_to_tokenizers():
+    corpus = random_corpus(0)
+    merges = train_rustbpe(corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=2)
+    assert merges is not None
+    assert train_rustbpe(corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=10**6) is None
+
+
+def test_what_rustbpe_cannot_do_is_refused(documents):
+    with pytest.raises(BadInput, match="max_token_length"):
+        train.train_tokenizer(lambda: documents, vocab_size=384, trainer="rustbpe", max_token_length=8)
+
+
+def test_without_rustbpe_auto_is_tokenizers(documents, monkeypatch):
+    expected = both(documents, vocab_size=384)[0]
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    options = {"vocab_size": 384}
+    assert train.train_tokenizer(lambda: documents, **options).backend_tokenizer.to_str() == expected
+    with pytest.raises(BadInput, match="not installed"):
+        train.train_tokenizer(lambda: documents, trainer="rustbpe", **options)
