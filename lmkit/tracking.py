@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,12 @@ def duration(seconds: float) -> str:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters other than line breaks and tabs shown as escapes: a model may write any byte.
+
+    >>> printable("red \\x1b[31m" + chr(10))
+    'red \\\\x1b[31m\\n'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)

@@ -13,7 +13,6 @@ import itertools
 import json
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmkit.errors import BadInput
 from lmkit.generation.sampler import draw, reserved_cache
 from lmkit.tokenization.chat import encode_text, render, stop_token_ids
+from lmkit.tracking import printable
 
 COLUMN_WIDTH = 48  # below this, answers are shown one after another instead of side by side
 HELP = """/seed N     seed of the next answer (it then counts up by one an answer)
@@ -102,15 +102,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[s
             given = tokenizer.decode(seen[start:read], skip_special_tokens=True)
     if rest := tokenizer.decode(seen[start:], skip_special_tokens=True)[len(given) :]:
         yield rest
-
-
-def printable(text: str) -> str:
-    """`text` with control characters other than line breaks and tabs shown as escapes: a model may write any byte.
-
-    >>> printable("red \\x1b[31m" + chr(10))
-    'red \\\\x1b[31m\\n'
-    """
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
 # ------------------------------------------------------------------------------------------------------ conversation

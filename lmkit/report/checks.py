@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lmkit.report.read import Run, series
 
+MIN_PAIRS = MIN_PROMPTS = 100
 MIN_EOS_RATE = 0.9
 MAX_LENGTH_RATIO = 1.3
 MAX_LENGTH_CORRELATION = 0.5
@@ -42,6 +43,8 @@ def _non_finite(run: Run) -> Iterator[str]:
 
 def _reward_model(run: Run) -> Iterator[str]:
     found = run.metrics("reward")
+    if (pairs := found.get("num_heldout", MIN_PAIRS)) < MIN_PAIRS:
+        yield f"The reward model was judged on {pairs} held-out pair(s): too few to say how accurate it is."
     if (error := found.get("calibration_error", 0.0)) > MAX_CALIBRATION_ERROR:
         yield f"The reward model is not calibrated: its confidence is off by {error:.1%} on average."
     if abs(found.get("length_correlation", 0)) > MAX_LENGTH_CORRELATION:
@@ -65,6 +68,8 @@ def _outcome(run: Run) -> Iterator[str]:
     found, judge = run.evaluation, run.judge
     if not found:
         return
+    if (prompts := found.get("num_prompts", MIN_PROMPTS)) < MIN_PROMPTS:
+        yield f"The models were compared on {prompts} prompts: too few for the intervals to be trusted."
     if judge is None:
         yield "No judge independent of the reward model scored the answers: nothing here shows that they are better."
     low, high = (found.get(f"win_rate/ppo_vs_sft_{end}") for end in ("low", "high"))

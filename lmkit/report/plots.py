@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lmkit.report.read import Run, series
 
@@ -56,6 +57,7 @@ def _line(axes: Axes, rows: list[dict], key: str, label: str, colour: str, **sty
     """Draws a metric if it was logged; few points get markers, or one alone would not be seen."""
     steps, values = series(rows, key)
     if steps:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.plot(steps, values, label=label, color=colour, marker="o" if len(steps) < 20 else None, ms=3.5, **style)
     return bool(steps)
 
@@ -129,7 +131,7 @@ def reward_calibration(run: Run) -> Figure | None:
         _label(axes, str(n), x, y, (5, -11), color=GREY)
     axes.set_xlim(0.48, 1.02)
     axes.set_ylim(min(0.45, *(a - e for a, e in zip(accuracy, error))) - 0.02, 1.03)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     return figure
 
 

@@ -18,7 +18,7 @@ from lmkit.report.blocks import Answers, Block, Code, Figures, Heading, Table, T
 from lmkit.report.checks import warnings
 from lmkit.report.plots import best_of_kl_key, best_of_sizes, write_plots
 from lmkit.report.read import Run, read_run, series
-from lmkit.tracking import duration, short
+from lmkit.tracking import duration, printable, short
 
 NUM_PROMPTS = 12
 NUM_DISPUTED = 3
@@ -192,9 +192,11 @@ def _samples(run: Run) -> Iterator[Block]:
 
     def block(row: dict[str, Any], opened: bool) -> Answers:
         answers = [
-            (m, ", ".join(f"{c} {row[c][m]:.{d}f}" for c, d in columns.items()), row[m]) for m in models if m in row
+            (model, ", ".join(f"{c} {row[c][model]:.{d}f}" for c, d in columns.items()), printable(row[model]))
+            for model in models
+            if model in row
         ]
-        return Answers(prompt_text(row["prompt"]), answers, opened)
+        return Answers(printable(prompt_text(row["prompt"])), answers, opened)
 
     yield Heading("The same prompts side by side")
     yield Text(f"The first {min(NUM_PROMPTS, len(run.samples))} of {len(run.samples)} prompts, not chosen.")

@@ -39,6 +39,7 @@ def test_a_run_in_order_has_no_warnings(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"num_prompts": 16}, "compared on 16 prompts"),
         ({"judge": "none"}, "No judge independent of the reward model"),
         ({"win_rate/ppo_vs_sft_low": 0.49}, "No difference between PPO and SFT is shown"),
         ({"win_rate/ppo_vs_sft_low": 0.3, "win_rate/ppo_vs_sft_high": 0.4}, "PPO loses to SFT"),
@@ -59,6 +60,7 @@ def test_what_looks_wrong_in_the_outcome_is_said(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
+        ({"num_heldout": 1}, "on 1 held-out pair(s)"),
         ({"calibration_error": 0.2}, "off by 20.0%"),
         ({"length_correlation": -0.6}, "correlation -0.60"),
     ],

@@ -149,7 +149,7 @@ def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- safety
 
 
-HOSTILE = "<script>alert(1)</script> | [click](http://x.y) `a` *b* \n# heading"
+HOSTILE = "<script>alert(1)</script> | [click](http://x.y) `a` *b* \n# heading \x1b[31m\x00"
 
 
 def test_what_a_model_writes_stays_text(tmp_path):
@@ -164,6 +164,7 @@ def test_what_a_model_writes_stays_text(tmp_path):
     assert "](http" not in text
     assert "\n# heading" not in text
     assert "user: " in text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", text + page)
 
 
 def test_numbers_that_are_not_finite_are_shown_and_warned_of(tmp_path):
