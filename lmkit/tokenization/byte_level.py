@@ -25,11 +25,9 @@ SPLITS = {
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+",
 }
-MAX_WORD = 512  # characters: merging takes time quadratic in the length of a word
-_CAP = rf"[\s\S]{{{MAX_WORD}}}"
-_HALF = MAX_WORD // 2  # of a word longer than the cap is of one class: letters and digits, spaces, or the rest
-_CLASSES = r"[^\W_]{{{0}}}|\s{{{0}}}|(?:(?![^\W_])\S){{{0}}}"
-_LONG_RUN, _PART_OF_RUN = re.compile(_CLASSES.format(_HALF)), re.compile(_CLASSES.format(_HALF // 2))
+MAX_RUN = 512  # characters of one class in a row: merging takes time quadratic in the length of a word
+_CLASSES = r"[^\W_]{{{0}}}|\s{{{0}}}|(?:(?![^\W_])\S){{{0}}}"  # letters and digits, spaces, the rest
+_LONG_RUN, _PART_OF_RUN = re.compile(_CLASSES.format(MAX_RUN)), re.compile(_CLASSES.format(MAX_RUN // 2))
 
 # byte -> the printable character that stands for it in a byte-level vocabulary (GPT-2's table)
 _PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -41,36 +39,47 @@ _BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 def token_bytes(token: str) -> bytes:
     """The bytes a byte-level token stands for.
 
-    >>> token_bytes("Ġthe")
+    >>> token_bytes("\u0120the")
     b' the'
     """
     return bytes(_BYTES[character] for character in token)
 
 
+def capped(split: str) -> str:
+    """The expression with every run cut after 512 characters; equal to `split` where there is no longer one.
+
+    tiktoken's engine cannot compile it, so texts with such runs are left to `tokenizers`.
+
+    >>> capped(r" ?\\p{L}++[\\r\\n]*")
+    ' ?\\\\p{L}{1,512}[\\\\r\\\\n]{0,512}'
+    """
+    greedy = split.replace("++", "+").replace("?+", "?")  # possessive ones match the same here
+    return greedy.replace("+", f"{{1,{MAX_RUN}}}").replace("*", f"{{0,{MAX_RUN}}}")
+
+
+def has_long_run(text: str) -> bool:
+    """Whether `capped` may cut a word of `text`; never False where it does.
+
+    >>> has_long_run("a" * 600), has_long_run("a word " * 600)
+    (True, False)
+    """
+    # A long run covers a whole stretch between two of these places, so that most of the text need not be read.
+    stretches = range(0, len(text), MAX_RUN // 2)
+    return any(map(_PART_OF_RUN.match, itertools.repeat(text), stretches)) and bool(_LONG_RUN.search(text))
+
+
 def byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], split: str, nfc: bool) -> Tokenizer:
-    """A byte-level BPE: text cut by the expression `split`, then every 512 characters, then bytes merged."""
+    """A byte-level BPE: text cut into words by the expression `split`, capped, then bytes merged."""
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.normalizer = normalizers.NFC() if nfc else None
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.Split(Regex(_CAP), "isolated"),
+            pre_tokenizers.Split(Regex(capped(split)), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def has_long_word(text: str) -> bool:
-    """Whether the cap of 512 characters may cut a word of `text`; never False where it does.
-
-    >>> has_long_word("a" * 600), has_long_word("a word " * 600)
-    (True, False)
-    """
-    # A long run covers a whole stretch between two of these places, so that most of the text need not be read.
-    stretches = range(0, len(text), _HALF // 2)
-    return any(map(_PART_OF_RUN.match, itertools.repeat(text), stretches)) and bool(_LONG_RUN.search(text))
 
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
@@ -99,7 +108,7 @@ def make_encoder(tokenizer_json: str, fast: bool) -> Encoder:
     def encode_one(text: str) -> np.ndarray:
         if backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
-        if has_long_word(text) or any(name in text for name in names):
+        if has_long_run(text) or any(name in text for name in names):
             return encode_exactly([text])[0]
         return twin.encode_to_numpy(text, disallowed_special=())
 
@@ -137,13 +146,13 @@ def _tiktoken_twin(spec: dict) -> tiktoken.Encoding | None:
 
 
 def _split_expression(pre_tokenizer: dict | None) -> str | None:
-    """The expression by which a byte-level pre-tokenizer cuts words, None for any other pre-tokenizer."""
-    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
-    *splits, last = [step for step in steps if step.get("pattern") != {"Regex": _CAP}]
+    """The expression by which a byte-level pre-tokenizer cuts words, not capped; None for any other pre-tokenizer."""
+    *splits, last = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None
     if last["use_regex"]:
         return None if splits else SPLITS["gpt2"]
     if len(splits) != 1 or splits[0].get("behavior") != "Isolated" or splits[0]["invert"]:
         return None
-    return splits[0]["pattern"].get("Regex")
+    expression = splits[0]["pattern"].get("Regex")
+    return {capped(split): split for split in SPLITS.values()}.get(expression, expression)

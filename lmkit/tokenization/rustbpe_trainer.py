@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
-from lmkit.tokenization.byte_level import BYTE_CHARACTERS, byte_level_tokenizer, has_long_word, make_encoder
+from lmkit.tokenization.byte_level import BYTE_CHARACTERS, byte_level_tokenizer, capped, has_long_run, make_encoder
 
 SAMPLE_CHARACTERS = 4_000_000
 
@@ -42,15 +42,14 @@ def train_rustbpe(
 
 
 def _prepared(documents: Iterable[str], split: str, nfc: bool, sample: list[str]) -> Iterator[str]:
-    steps = byte_level_tokenizer({}, [], split, nfc).pre_tokenizer
-    words = pre_tokenizers.Sequence([steps[0], steps[1]])  # without the last one, which spells bytes as characters
+    words = pre_tokenizers.Split(Regex(capped(split)), "isolated")
     normalizer, kept = normalizers.NFC(), 0
     for document in documents:
         text = normalizer.normalize_str(document) if nfc else document
         if kept < SAMPLE_CHARACTERS:
             sample.append(text)
             kept += len(text)
-        if has_long_word(text):
+        if has_long_run(text):
             yield from (word for word, _ in words.pre_tokenize_str(text))
         else:
             yield text

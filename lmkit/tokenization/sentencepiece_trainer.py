@@ -17,7 +17,7 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lmkit.errors import BadInput
-from lmkit.tokenization.byte_level import MAX_WORD
+from lmkit.tokenization.byte_level import MAX_RUN
 
 SAMPLE_CHARACTERS = 32_000_000  # SentencePiece holds what it trains on in memory, several times over
 NUM_THREADS = 4  # fixed: Unigram's sums, and so its pieces, depend on it
@@ -28,7 +28,7 @@ _LINE_END = re.compile("[\n\t\r\0\u2581\u2585]")
 _MAX_LINE = 1000
 # In order: the symbols; the "<" of what looks like a byte piece or a special token, so that no text is one; each word
 # with the spaces before it (no piece goes over the end of a word); the cap.
-_WORDS = [r"[\n\t]+", r"<(?=0x[0-9A-F]{2}>|unk>|\|[A-Za-z0-9_]+\|>)", r" *[^ ]+| +", rf"[\s\S]{{{MAX_WORD}}}"]
+_WORDS = [r"[\n\t]+", r"<(?=0x[0-9A-F]{2}>|unk>|\|[A-Za-z0-9_]+\|>)", r" *[^ ]+| +", rf"[\s\S]{{{MAX_RUN}}}"]
 
 
 def train_sentencepiece(

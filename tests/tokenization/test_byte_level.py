@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from lmkit.tokenization import byte_level
-from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, fast_is_exact, has_long_word, make_encoder
+from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, fast_is_exact, has_long_run, make_encoder
 from lmkit.tokenization.chat import encode_text
 from lmkit.tokenization.measure import HOSTILE
 from lmkit.tokenization.train import train_tokenizer
@@ -49,14 +49,21 @@ def test_words_at_the_cap_are_cut_alike(tokenizer):
     assert agree(tokenizer, texts)
 
 
-def test_a_long_word_is_always_seen():
-    words = pre_tokenizers.Split(byte_level.Regex(SPLITS["qwen2"]), "isolated")
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_the_cap_changes_nothing_but_long_runs(split):
+    plain, capped = (pre_tokenizers.Split(Regex(e), "isolated") for e in (split, byte_level.capped(split)))
     draw = random.Random(0)
-    for _ in range(300):
-        runs = [draw.choice(["ab", " ", "\n", "_-", "=", "\u65e5", " \t"]) * draw.randrange(1, 400) for _ in range(4)]
-        text = "x y. " * draw.randrange(30) + "".join(runs)
-        longest = max(len(word) for word, _ in words.pre_tokenize_str(text))
-        assert has_long_word(text) or longest <= byte_level.MAX_WORD
+    units = ["a", "1", " ", "\n", "=", "_-", "\u65e5", " \t", "\r\n", "'s", "x "]
+    cut = 0
+    for _ in range(400):
+        runs = [draw.choice(units) * draw.randrange(1, 600) for _ in range(4)]
+        text = "x y. " * draw.randrange(60) + "".join(runs)
+        words = [word for word, _ in capped.pre_tokenize_str(text)]
+        assert max(map(len, words)) <= 1 + 2 * byte_level.MAX_RUN
+        if words != [word for word, _ in plain.pre_tokenize_str(text)]:
+            assert has_long_run(text)
+            cut += 1
+    assert cut > 40
 
 
 def test_other_tokenizers_are_left_to_tokenizers(documents):
