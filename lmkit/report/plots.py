@@ -57,7 +57,7 @@ def _line(axes: Axes, rows: list[dict], key: str, label: str, colour: str, **sty
     """Draws a metric if it was logged; few points get markers, or one alone would not be seen."""
     steps, values = series(rows, key)
     if steps:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.plot(steps, values, label=label, color=colour, marker="o" if len(steps) < 20 else None, ms=3.5, **style)
     return bool(steps)
 
@@ -271,7 +271,7 @@ def _panel(y: str, lines: dict[str, tuple[str, str]]) -> Callable[[Run], Figure 
         figure = _curves(run.rows("ppo"), "iteration", y, *((key, *style) for key, style in lines.items()))
         if figure is not None:
             low, high = figure.axes[0].get_ylim()
-            figure.axes[0].set_ylim(min(low, 0), max(high, 0))
+            figure.axes[0].set_ylim(min(low, 0), 1.03 * max(high, 0))
         return figure
 
     return draw
