@@ -8,6 +8,7 @@ bits per byte beside those of a modified Kneser-Ney n-gram on the same text, and
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lmkit import stage
 from lmkit.config import StageConfig, knob, setting
@@ -23,11 +24,15 @@ class PretrainConfig(StageConfig):
     init_from: Path | None = setting(None, "model directory to go on training from, instead of a fresh `model`")
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
+    packing: Literal["stream", "pad"] = setting("stream", "blocks: the corpus cut anywhere, or one document each")
     ngram_order: int = setting(5, "order of the n-gram that the model is held against", ge=1)
     validation_tokens: int = setting(65_536, "tokens of the validation split that are scored, from its start", gt=0)
 
 
 def main(config: PretrainConfig) -> Path:
+    run = stage.Stage("pretrain", config)
+    if run.finished:
+        return run.directory / "model"
     import torch
     from transformers import AutoTokenizer
 
@@ -35,15 +40,13 @@ def main(config: PretrainConfig) -> Path:
     from lmkit.data.shards import Shards
     from lmkit.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, token_bytes
     from lmkit.generation.sampler import sample
+    from lmkit.models.attention import packed_attention
     from lmkit.models.load import load_language_model
     from lmkit.models.presets import build_model
     from lmkit.tokenization.chat import stop_token_ids
     from lmkit.training import loop
     from lmkit.training.losses import CausalLMLoss
 
-    run = stage.Stage("pretrain", config)
-    if run.finished:
-        return run.directory / "model"
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
     train, validation = Shards.open(config.shards / "train"), Shards.open(config.shards / "validation")
     train.check_tokenizer(tokenizer)
@@ -59,7 +62,7 @@ def main(config: PretrainConfig) -> Path:
             f"context_length {context_length} is more than the {model.config.max_position_embeddings} of "
             f"{config.init_from}. Lower model.context_length."
         )
-    blocks = Blocks(train, context_length)
+    blocks = Blocks(train, context_length, config.packing)
     accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
     model.to(accelerator.device)
     scored, sizes = validation.tokens[: config.validation_tokens], token_bytes(tokenizer)
@@ -74,15 +77,9 @@ def main(config: PretrainConfig) -> Path:
             f"of {context_length}, vocabulary {len(tokenizer)}, {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
         )
-        metrics = loop.fit(
-            CausalLMLoss(model),
-            blocks.fetch,
-            len(blocks),
-            config.train,
-            accelerator=accelerator,
-            stage=run,
-            evaluate=evaluate,
-        )
+        options = {"accelerator": accelerator, "stage": run, "evaluate": evaluate}
+        with packed_attention(model):
+            metrics = loop.fit(CausalLMLoss(model), blocks.fetch, len(blocks), config.train, **options)
         if accelerator.is_main_process:
             lines = ngram_bits_per_byte(train.tokens, scored, sizes, config.ngram_order)
             ours, theirs = metrics["eval/bits_per_byte"], lines["kneser_ney"]
@@ -93,10 +90,8 @@ def main(config: PretrainConfig) -> Path:
             if ours > theirs:
                 run.say("warning: the model is worse than the n-gram; it needs more steps, or a higher learning rate.")
             generator = torch.Generator().manual_seed(config.seed)
-            stops = stop_token_ids(tokenizer)
-            drawn = sample(
-                model, [[stops[-1]]], max_new_tokens=context_length - 1, stop_token_ids=stops, generator=generator
-            )
+            stops, room = stop_token_ids(tokenizer), context_length - 1
+            drawn = sample(model, [[stops[-1]]], max_new_tokens=room, stop_token_ids=stops, generator=generator)
             run.say(f"sample: {tokenizer.decode(drawn.ids(0), skip_special_tokens=True)}")
             with run.seal("model") as folder:
                 model.save_pretrained(folder)

@@ -26,12 +26,26 @@ def test_packed_logits_are_those_of_each_document_alone(arch, changes):
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
 
-def test_without_documents_it_is_plain_causal_attention():
-    model = make_model()
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2"])
+def test_without_documents_it_is_plain_causal_attention(arch):
+    model = make_model(arch)
     tokens = torch.randint(0, 512, (2, 12))
     expected = model(input_ids=tokens, use_cache=False).logits
     with packed_attention(model):
         torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, expected)
+
+
+def test_attention_runs_in_float32_under_autocast_on_a_cpu(monkeypatch):
+    model, seen = make_model(), []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "lmkit.models.attention.F.scaled_dot_product_attention",
+        lambda query, *rest, **options: seen.append(query.dtype) or plain(query, *rest, **options),
+    )
+    with packed_attention(model), torch.autocast("cpu", torch.bfloat16):
+        output = model(input_ids=torch.randint(0, 512, (2, 12)), use_cache=False).logits
+    assert seen == [torch.float32] * 2
+    assert output.dtype == torch.bfloat16
 
 
 def test_a_cache_is_refused():
