@@ -97,12 +97,16 @@ def label_pairs(
 
 
 def heldout_rows(keys: Sequence[Hashable], fraction: float, seed: int) -> np.ndarray:
-    """True for the rows of a random share of the distinct keys: [N]. Rows of one key are never divided.
+    """True for the rows of a random share of the distinct keys, at least one: [N]. Rows of one key are never divided.
+
+    Raises BadInput when there are not two keys to divide.
 
     >>> heldout_rows(["a", "b", "a", "b"], 0.5, seed=0).tolist() in ([True, False] * 2, [False, True] * 2)
     True
     """
     distinct = list(dict.fromkeys(keys))
+    if len(distinct) < 2:
+        raise BadInput(f"found {len(distinct)} different prompts; wanted at least 2, so that one can be held out.")
     order = np.random.default_rng(seed).permutation(len(distinct))
-    held = {distinct[i] for i in order[: round(fraction * len(distinct))]}
+    held = {distinct[i] for i in order[: max(round(fraction * len(distinct)), 1)]}
     return np.array([key in held for key in keys])

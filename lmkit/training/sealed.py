@@ -10,6 +10,7 @@ at any moment leaves the checkpoint before it; resuming takes the newest one tha
 
 import contextlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def arguments(cls: type, train: dict[str, Any], stage: Stage) -> Any:
         "max_length": None,  # rows are given as ids that fit already
     }
     try:
-        return cls(**(device | train | decided))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TRL's own default uses a name that transformers deprecates
+            return cls(**(device | train | decided))
     except (ValueError, TypeError) as error:
         raise BadInput(f"train: {cls.__name__} refuses these values: {error}") from None
 

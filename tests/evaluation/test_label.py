@@ -44,6 +44,12 @@ def test_no_prompt_is_on_both_sides():
     assert (held == heldout_rows(prompts, 0.2, seed=1)).all()
 
 
+def test_one_prompt_is_always_held_out_and_one_is_not_enough():
+    assert heldout_rows(["a", "b", "b"], 0.01, seed=0).sum() in (1, 2)
+    with pytest.raises(BadInput, match="found 1 different prompts"):
+        heldout_rows(["a", "a"], 0.5, seed=0)
+
+
 def test_a_labeler_is_a_function_or_a_directory(tmp_path):
     assert scorer("lmkit.evaluation.label:gold")(["Tell me a story about an otter and an umbrella."], ["No."])[0] < 1
     with pytest.raises(BadInput, match="cannot be imported"):
