@@ -25,8 +25,8 @@ from lmkit.training import checkpoint
 from lmkit.training.optimizers import build_optimizers, schedule
 from lmkit.training.options import TrainConfig
 
-# Width from which bfloat16 is faster on a CPU with avx512_bf16, with attention in float32 (models/attention.py): a step of
-# the tiny preset on 32 x 112 tokens takes 361 instead of 471 ms on Zen 4. Below it conversions cost what products save.
+# Width from which bfloat16 is faster on a CPU with avx512_bf16, with attention in float32 (models/attention): a step
+# of the tiny preset on 32 x 112 tokens takes 361 instead of 471 ms on Zen 4. Below it conversions cost what they save.
 CPU_BF16_WIDTH = 128
 
 

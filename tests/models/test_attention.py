@@ -4,6 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from lmkit.models.attention import packed_attention
 from lmkit.models.presets import ModelConfig, transformers_config
+from lmkit.training.losses import CausalLMLoss
 
 
 def make_model(arch="qwen3", **changes):
@@ -46,6 +47,24 @@ def test_attention_runs_in_float32_under_autocast_on_a_cpu(monkeypatch):
         output = model(input_ids=torch.randint(0, 512, (2, 12)), use_cache=False).logits
     assert seen == [torch.float32] * 2
     assert output.dtype == torch.bfloat16
+
+
+def test_a_compiled_forward_is_one_graph_with_causal_attention_and_no_mask(monkeypatch):
+    model = make_model()
+    loss = CausalLMLoss(model)
+    tokens = torch.randint(0, 512, (2, 13))
+    expected, _ = loss(tokens[:, :-1], tokens[:, 1:])
+    calls = []
+
+    def backend(graph, inputs):
+        targets = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+        calls.extend(node.kwargs for node in targets)
+        return graph.forward
+
+    with packed_attention(model):
+        found, _ = torch.compile(loss, backend=backend, fullgraph=True, dynamic=False)(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(found, expected)
+    assert [(call["is_causal"], call["attn_mask"]) for call in calls] == [(True, None)] * 2
 
 
 def test_a_cache_is_refused():
