@@ -1,7 +1,7 @@
 """The merges of a byte-level BPE by `rustbpe`, several times faster than by `tokenizers` and the same.
 
 Both take the most frequent pair and, among equals, the pair of the lowest ids, once bytes have their ids in the order
-of their values. What rustbpe does not have is done here: the cap on words, and the least frequency of a pair.
+of their values. What rustbpe does not have is done here: the cap on runs, and the least frequency of a pair.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
+import tiktoken
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from lmkit.tokenization.byte_level import BYTE_CHARACTERS, byte_level_tokenizer, capped, has_long_run, make_encoder
+from lmkit.tokenization.byte_level import BYTE_CHARACTERS, capped, has_long_run
 
 SAMPLE_CHARACTERS = 4_000_000
 
@@ -32,13 +33,14 @@ def train_rustbpe(
     ranks = {bytes(token): rank for token, rank in learner.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
         return None
-    merges = [_last_merge(token, ranks) for token, rank in ranks.items() if rank >= 256]
-    spelled = [tuple("".join(BYTE_CHARACTERS[byte] for byte in part) for part in merge) for merge in merges]
     # The token of the last merge stands for all occurrences of its pair: nothing merged it further.
-    vocab = {token: i for i, token in enumerate([*BYTE_CHARACTERS, *(left + right for left, right in spelled)])}
-    encode = make_encoder(byte_level_tokenizer(vocab, spelled, split, nfc=False).to_str(), fast=True)
-    seen = sum(int((ids == num_tokens - 1).sum()) for ids in encode(sample))
-    return spelled if seen >= min_frequency else None
+    twin = tiktoken.Encoding(name="learnt", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+    seen = 0
+    for text in sample:
+        seen += int((twin.encode_to_numpy(text, disallowed_special=()) == num_tokens - 1).sum())
+        if seen >= min_frequency:
+            return [_last_merge(token, ranks) for token, rank in ranks.items() if rank >= 256]
+    return None
 
 
 def _prepared(documents: Iterable[str], split: str, nfc: bool, sample: list[str]) -> Iterator[str]:
@@ -46,21 +48,23 @@ def _prepared(documents: Iterable[str], split: str, nfc: bool, sample: list[str]
     normalizer, kept = normalizers.NFC(), 0
     for document in documents:
         text = normalizer.normalize_str(document) if nfc else document
+        if has_long_run(text):
+            yield from (word for word, _ in words.pre_tokenize_str(text))
+            continue
         if kept < SAMPLE_CHARACTERS:
             sample.append(text)
             kept += len(text)
-        if has_long_run(text):
-            yield from (word for word, _ in words.pre_tokenize_str(text))
-        else:
-            yield text
+        yield text
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
     """The two tokens whose merge made `token`: what its bytes are once every earlier merge is made."""
     limit, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        rank, at = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
-        if rank == limit:
+        following = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]
+        at = following.index(min(following))
+        if following[at] == limit:
             raise ValueError(f"the token {token!r} does not follow from earlier merges")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
+    left, right = ("".join([BYTE_CHARACTERS[byte] for byte in part]) for part in parts)
+    return left, right
