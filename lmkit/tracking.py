@@ -194,6 +194,7 @@ def start_trackers(names: Sequence[str], directory: Path, start_step: int) -> li
 
 def progress_bar(description: str, total_steps: int, start_step: int) -> tuple[Any, Any]:
     """A rich progress bar on stdout and its one task."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -205,6 +206,7 @@ def progress_bar(description: str, total_steps: int, start_step: int) -> tuple[A
         TextColumn("{task.fields[facts]}", markup=False),
         refresh_per_second=2,  # the drawing thread shares the cores with the training
         speed_estimate_period=120,
+        console=Console(),
     )
     return bar, bar.add_task(description, total=total_steps, completed=start_step, facts="")
 

@@ -161,8 +161,7 @@ class Chat:
             prompt = line if voice.continues or not voice.history else [*voice.history, _user(line)]
             row = {"model": voice.name, "prompt": prompt, "completion": "".join(said)}
             self.rows.append({**row, "seed": seed, "temperature": self.temperature})
-            if not voice.continues:
-                voice.history += [_user(line), {"role": "assistant", "content": "".join(said)}]
+            voice.history += [_user(line), {"role": "assistant", "content": "".join(said)}]
 
     def forget(self) -> None:
         for voice in self.voices:

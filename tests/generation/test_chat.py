@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from lmkit.errors import BadInput
 from lmkit.generation import chat as chat_module
@@ -72,6 +73,13 @@ def test_pieces_never_show_half_a_character(tokenizer):
     assert not any("\ufffd" in part for part in parts)
 
 
+def test_pieces_keep_the_spaces_of_a_tokenizer_that_drops_the_first():
+    backend = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581fox": 1, "es": 2}))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert list(pieces(tokenizer, [0, 1, 2, 1])) == ["the", " fox", "es", " fox"]
+
+
 def test_pieces_add_up_to_the_decoded_text_for_any_ids(tokenizer):
     for seed in range(20):
         ids = random.Random(seed).choices(range(len(tokenizer)), k=60)
@@ -112,18 +120,24 @@ def test_turns_build_on_each_other(voice):
     assert chat.rows[2]["prompt"] == "a fox"
 
 
-def test_the_oldest_turns_go_when_there_is_no_room(voice):
+def test_only_the_oldest_turns_go_when_there_is_no_room(voice, monkeypatch):
+    monkeypatch.setattr(chat_module, "stream", lambda *_, **__: iter(voice.tokenizer("the fox")["input_ids"]))
     chat = Chat([voice], max_new_tokens=30)
     for _ in range(8):
-        say(chat, "a fox and a squirrel")
+        say(chat, "a squirrel")
+    turn = [{"role": "user", "content": "a squirrel"}, {"role": "assistant", "content": "the fox"}]
     kept = chat.rows[-1]["prompt"]
-    assert 1 < len(kept) < 15
-    assert kept[0]["role"] == "user"
+    assert kept == [*turn * (len(kept) // 2), turn[0]]
+    assert len(render(voice.tokenizer, kept)[0]) + 30 <= 128 < len(render(voice.tokenizer, turn + kept)[0]) + 30
 
 
-def test_an_answer_takes_the_room_there_is_and_a_text_without_room_is_refused(voice):
+def test_an_answer_takes_the_room_there_is_and_a_text_without_room_is_refused(voice, monkeypatch):
+    monkeypatch.setattr(chat_module, "stop_token_ids", lambda _: [])
+    drawn = []
+    monkeypatch.setattr(chat_module, "pieces", lambda _, ids: drawn.extend(ids) or iter("x"))
     chat = Chat([voice], max_new_tokens=1000)
     say(chat, "a fox")
+    assert len(drawn) == 128 - len(render(voice.tokenizer, "a fox")[0])
     with pytest.raises(BadInput, match=r"tokens; wanted 1 to 127"):
         say(chat, "x y " * 100)
 
@@ -185,10 +199,10 @@ def pipe(monkeypatch, chat, text):
 
 
 def test_a_pipe_gets_one_line_an_answer(voice, monkeypatch, capsys):
-    pipe(monkeypatch, Chat([voice], max_new_tokens=40), "a fox\n\n   \n/seed 7\na squirrel\n/quit\nnever asked\n")
+    pipe(monkeypatch, Chat([voice], max_new_tokens=10), "a fox\n\n   \n/seed 7\na squirrel\n/quit\nnever asked\n")
     out, err = capsys.readouterr()
     assert err == "seed 7\n"
-    chat = Chat([voice], max_new_tokens=40)
+    chat = Chat([voice], max_new_tokens=10)
     want = [say(chat, "a fox")["ppo"]]
     chat.forget()
     chat.command("/seed 7")
