@@ -50,14 +50,14 @@ def main(config: PreferencesConfig) -> Path:
             rows, facts = sample_pairs(config, stage, PartialState())
         held = heldout_rows([str(prompt) for prompt in rows["prompt"]], config.heldout_fraction, config.seed)
         pairs = DatasetDict(train=rows.select((~held).nonzero()[0]), heldout=rows.select(held.nonzero()[0]))
-        facts = {"given": config.data is not None, **facts, **{f"num_{name}": len(pairs[name]) for name in pairs}}
-        stage.say("preferences: " + ", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+        facts |= {f"num_{name}": len(pairs[name]) for name in pairs}
+        stage.say("preferences: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in facts.items()))
         first = pairs["train"][0]
         stage.say(f"sample: {first['prompt']}\n  chosen:   {first['chosen']}\n  rejected: {first['rejected']}")
         if is_main():
             with stage.seal("data") as folder:
                 pairs.save_to_disk(folder)
-        stage.finish(facts)
+        stage.finish(facts | {"given": config.data is not None})
     return stage.directory
 
 

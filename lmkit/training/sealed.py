@@ -22,6 +22,7 @@ from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 
+SHOWN_FIRST = ("loss", "accuracy", "mean_token_accuracy")
 # What the Hugging Face trainer logs about its own speed; the tracker has the clock.
 UNTRACKED = ("_runtime", "_per_second", "num_tokens", "total_flos", "train_loss", "epoch")
 
@@ -123,7 +124,8 @@ class _Progress(TrainerCallback):
         self.tracker = self.cleanup.enter_context(tracker)
 
     def on_log(self, args, state, control, logs, **kwargs):
-        metrics = {k: v for k, v in logs.items() if not k.endswith(UNTRACKED)}
+        names = sorted(logs, key=lambda name: name.removeprefix("eval_") not in SHOWN_FIRST)
+        metrics = {name: logs[name] for name in names if not name.endswith(UNTRACKED)}
         if metrics:
             tokens = self.trainer._total_train_tokens - self.num_tokens
             self.num_tokens += tokens
