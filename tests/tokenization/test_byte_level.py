@@ -43,6 +43,11 @@ def test_repeated_characters_are_merged_alike():
     )
 
 
+def test_the_cap_is_saved_with_the_tokenizer(tokenizer):
+    words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x " + "a" * 2000 + "=" * 2000)
+    assert max(len(word) for word, _ in words) == 513
+
+
 def test_words_at_the_cap_are_cut_alike(tokenizer):
     units = ["a", "=", " ", "\n", "\u65e5", "=\n", "_-", " \n", "1", "\u00a0 "]
     texts = [f"x {unit * n} y" for unit in units for n in (127, 128, 255, 256, 257, 511, 512, 513, 1024, 1300)]

@@ -156,6 +156,18 @@ def test_a_long_run_costs_no_more_than_twice_normal_text(trained):
         assert min(seconds(run * length) for _ in range(3)) <= 2 * usual + 0.02, repr(run)
 
 
+@pytest.mark.parametrize("trainer", ["tokenizers", "auto"])
+def test_learning_from_a_long_run_costs_no_more_than_twice_normal_text(trainer, documents):
+    def seconds(text):
+        started = time.process_time()
+        train_tokenizer(lambda: [*documents, text], vocab_size=384, allow_smaller_vocab=True, trainer=trainer)
+        return time.process_time() - started
+
+    usual = min(seconds((documents[0] * 2000)[:200_000]) for _ in range(3))
+    for run in ("a", "ab", " "):
+        assert min(seconds(run * (200_000 // len(run))) for _ in range(3)) <= 2 * usual + 0.1, repr(run)
+
+
 def test_a_corpus_too_small_is_refused_unless_allowed(documents):
     with pytest.raises(BadInput, match=r"supports a vocabulary of \d+, not 32768.*allow_smaller_vocab"):
         train_tokenizer(lambda: documents, vocab_size=32768)
