@@ -31,7 +31,7 @@ class PPOConfig(Config):
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = setting(1e-5, "AdamW's epsilon", gt=0)
     max_grad_norm: float = setting(1.0, "gradients of policy and critic are each scaled down to this norm", gt=0)
-    bf16: bool = setting(False, "training and scoring forwards in bfloat16 (weights stay float32)")
+    bf16: bool | None = setting(None, "matrix products in bfloat16, weights in float32; empty: where it is faster")
 
     max_new_tokens: int = setting(53, "longest completion in tokens, the stop token included", gt=0)
     temperature: float = setting(0.7, "of sampling, and of every log-probability", gt=0)

@@ -8,7 +8,7 @@ from lmkit.rl.kl import kl_per_token
 from lmkit.rl.rollout import Rollout, completion_ids
 
 NGRAM = 4
-RATIO_TOLERANCE = {False: 1e-4, True: 5e-2}  # of the first mini-batch's log ratio, by whether forwards are in bfloat16
+RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
 
 
 def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float, accelerator: Accelerator) -> dict:
@@ -89,11 +89,11 @@ def repeated_ngrams(ids: tuple[int, ...], size: int = NGRAM) -> float:
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def warnings(metrics: dict[str, float], config: PPOConfig) -> dict[str, str]:
+def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, str]:
     """What looks broken in an iteration, by kind: the number seen and its likely cause."""
     found = {}
     ratio_error = metrics["val/first_ratio_error"]
-    if ratio_error > RATIO_TOLERANCE[config.bf16]:
+    if ratio_error > RATIO_TOLERANCE[accelerator.mixed_precision]:
         found["ratio"] = (
             f"the first mini-batch's log ratio reaches {ratio_error:.2g} where it should be 0: old log-probabilities "
             "and the training forward disagree (dropout, precision, or a model that depends on its padding)"

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ from lmkit.stage import latest_checkpoint, rotate
 from lmkit.tokenization.chat import render, stop_token_ids
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint
+from lmkit.training.loop import make_accelerator
 from lmkit.training.optimizers import schedule
 
 NUM_SAMPLES = 4  # completions kept in samples.jsonl at each evaluation
@@ -89,7 +89,7 @@ class PPOTrainer:
         self.args, self.tokenizer, self.seed, self.output_dir = args, processing_class, seed, Path(output_dir)
         self.evaluation, self.report_to = evaluation, report_to
         self.stop_requested, self.say = stop_requested, say
-        self.accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+        self.accelerator = make_accelerator(args.bf16, model.config.get_text_config().hidden_size)
         device = self.accelerator.device
         share, rest = divmod(args.rollout_batch_size, self.accelerator.num_processes)
         if rest or share < args.num_mini_batches:
@@ -166,7 +166,7 @@ class PPOTrainer:
             while self.iteration < args.num_iterations:
                 self.metrics, num_tokens = self._iterate()
                 last = self.iteration == args.num_iterations
-                for kind, text in warnings(self.metrics, args).items():
+                for kind, text in warnings(self.metrics, self.accelerator).items():
                     if kind not in warned:
                         warned.add(kind)
                         self.say(f"warning: iteration {self.iteration}: {text}.")
