@@ -59,7 +59,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Full parameters and buffers by name, without wrappers' prefixes. All processes call it, the main one gets them."""
+    """Full parameters and buffers by name, without wrappers' prefixes. All processes call it, the main one gets it."""
     return get_model_state_dict(model, options=_FULL)
 
 
@@ -82,16 +82,11 @@ def load_optimizers(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         saved.setdefault(name, {})[entry] = value
-    settings = [optimizer.param_groups for optimizer in optimizers]
-    kept = [[{k: v for k, v in group.items() if k != "params"} for group in groups] for groups in settings]
-    for optimizer, groups in zip(optimizers, kept):
-        names = get_optimizer_state_dict(model, [optimizer])["param_groups"]
-        state = {name: saved[name] for group in names for name in group["params"] if name in saved}
-        set_optimizer_state_dict(
-            model, [optimizer], optim_state_dict={"state": state, "param_groups": names}, options=_FULL
-        )
-        for group, values in zip(optimizer.param_groups, groups):
-            group.update(values)
+    for optimizer in optimizers:
+        groups = get_optimizer_state_dict(model, [optimizer])["param_groups"]
+        state = {name: saved[name] for group in groups for name in group["params"] if name in saved}
+        whole = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(model, [optimizer], optim_state_dict=whole, options=_FULL)
 
 
 def random_tensors() -> dict[str, Tensor]:

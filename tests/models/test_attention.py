@@ -41,11 +41,11 @@ def test_attention_runs_in_float32_under_autocast_on_a_cpu(monkeypatch):
     plain = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         "lmkit.models.attention.F.scaled_dot_product_attention",
-        lambda query, *rest, **options: seen.append(query.dtype) or plain(query, *rest, **options),
+        lambda *states, **options: seen.append(plain(*states, **options)) or seen[-1],
     )
     with packed_attention(model), torch.autocast("cpu", torch.bfloat16):
         output = model(input_ids=torch.randint(0, 512, (2, 12)), use_cache=False).logits
-    assert seen == [torch.float32] * 2
+    assert [attended.dtype for attended in seen] == [torch.float32] * 2
     assert output.dtype == torch.bfloat16
 
 

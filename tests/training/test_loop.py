@@ -170,6 +170,18 @@ def test_evaluation_runs_in_eval_mode_every_eval_steps_and_at_the_end(tmp_path):
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [3, 6, 9, 10]
 
 
+def test_the_gradient_is_that_of_the_mean_over_all_counted_tokens(tmp_path):
+    seen = []
+    train(
+        tmp_path, fetch=lambda n: seen.append(n) or fetch(n), max_steps=1, warmup_steps=0, gradient_accumulation_steps=2
+    )
+    module = Toy()
+    sums = [module(**fetch(numbers)) for numbers in seen]
+    (sum(loss for loss, _ in sums) / sum(count for _, count in sums)).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters()])
+    assert rows(tmp_path)[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_tokens_and_losses_of_a_row_are_those_since_the_last_row(tmp_path):
     seen = []
     train(tmp_path, fetch=lambda n: seen.append(n) or fetch(n), max_steps=4, logging_steps=2, learning_rate=1e-12)
