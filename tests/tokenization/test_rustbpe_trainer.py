@@ -55,6 +55,20 @@ def test_pairs_too_rare_are_left_to_tokenizers():
     assert train_rustbpe(corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=10**6) is None
 
 
+def test_two_merges_of_one_token_are_left_to_tokenizers(monkeypatch):
+    """tokenizers gives both the same id, rustbpe two."""
+
+    class Twice:
+        def train_from_iterator(self, documents, num_tokens, pattern):
+            list(documents)
+
+        def get_mergeable_ranks(self):
+            return [*((bytes([i]), i) for i in range(256)), (b"aa", 256), (b"aaa", 257), (b"aaa", 258), (b"b ", 259)]
+
+    monkeypatch.setattr("rustbpe.Tokenizer", Twice)
+    assert train_rustbpe(["b b b "] * 9, 260, r"[\s\S]+", nfc=False, min_frequency=2) is None
+
+
 def test_what_rustbpe_cannot_do_is_refused(documents):
     with pytest.raises(BadInput, match="max_token_length"):
         train.train_tokenizer(lambda: documents, vocab_size=384, trainer="rustbpe", max_token_length=8)

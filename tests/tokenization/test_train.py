@@ -150,10 +150,10 @@ def test_a_long_run_costs_no_more_than_twice_normal_text(trained):
         return time.process_time() - started
 
     normal = "The lowest tower is older than 25 of the newest ones. "
-    usual = min(seconds((normal * 4000)[:200_000]) for _ in range(3))
+    usual = min(seconds((normal * 4000)[:200_000]) for _ in range(2))
     for run in ("a", "=", " ", "\n", "\u65e5"):
         length = 200_000 // len(run.encode())
-        assert min(seconds(run * length) for _ in range(3)) <= 2 * usual + 0.02, repr(run)
+        assert min(seconds(run * length) for _ in range(2)) <= 2 * usual + 0.02, repr(run)
 
 
 @pytest.mark.parametrize("trainer", ["tokenizers", "auto"])
