@@ -76,10 +76,12 @@ def main(config: EvaluationConfig) -> Path:
         metrics |= compare.win_rates("win_rate_by_score", scores, "sft")
         metrics |= compare.win_rates("win_rate_by_length", columns["length"], "sft")
         metrics |= share("kl/ppo", compare.sequence_kl(models["ppo"], models["sft"], answers["ppo"]))
-        tokens = Shards.open(config.shards / "validation").tokens
+        validation = Shards.open(config.shards / "validation")
+        documents = {"batch_size": 32, "document_offsets": validation.document_offsets}
         for name, model in models.items():
             context = min(model.config.max_position_embeddings, MAX_CONTEXT)
-            metrics[f"bits_per_byte/{name}"] = bits_per_byte(model, tokens, tokenizer, context)["bits_per_byte"]
+            measured = bits_per_byte(model, validation.tokens, tokenizer, context, **documents)
+            metrics[f"bits_per_byte/{name}"] = measured["bits_per_byte"]
 
         stage.say("\n".join(compare.table(metrics, list(answers))))
         rows = compare.side_by_side(prompts, answers, columns)

@@ -24,7 +24,7 @@ class PretrainConfig(StageConfig):
     init_from: Path | None = setting(None, "model directory to go on training from, instead of a fresh `model`")
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
-    packing: Literal["stream", "pad"] = setting("stream", "blocks: the corpus cut anywhere, or one document each")
+    packing: Literal["stream", "pad"] = setting("pad", "blocks: the corpus cut anywhere, or one document each")
     ngram_order: int = setting(5, "order of the n-gram that the model is held against", ge=1)
     validation_tokens: int = setting(65_536, "tokens of the validation split that are scored, from its start", gt=0)
 
@@ -32,7 +32,7 @@ class PretrainConfig(StageConfig):
 def main(config: PretrainConfig) -> Path:
     run = stage.Stage("pretrain", config)
     if run.finished:
-        return run.directory / "model"
+        return run.directory
     import torch
     from transformers import AutoTokenizer
 
@@ -65,10 +65,12 @@ def main(config: PretrainConfig) -> Path:
     blocks = Blocks(train, context_length, config.packing)
     accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
     model.to(accelerator.device)
-    scored, sizes = validation.tokens[: config.validation_tokens], token_bytes(tokenizer)
+    documents = validation.first_documents(config.validation_tokens)
+    scored, sizes = validation.tokens[: documents[-1]], token_bytes(tokenizer)
 
     def evaluate() -> dict[str, float]:
-        result = bits_per_byte(model, scored, sizes, context_length, stride=context_length // 2)
+        options = {"stride": context_length // 2, "batch_size": 32, "document_offsets": documents}
+        result = bits_per_byte(model, scored, sizes, context_length, **options)
         return {f"eval/{key}": result[key] for key in ("bits_per_byte", "nats_per_token")}
 
     with run:
@@ -98,7 +100,7 @@ def main(config: PretrainConfig) -> Path:
                 tokenizer.save_pretrained(folder)
             run.finish(metrics | {f"eval/{key}_bits_per_byte": value for key, value in lines.items()})
         accelerator.wait_for_everyone()
-    return run.directory / "model"
+    return run.directory
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ from lmkit.data.shards import Shards
 from lmkit.errors import BadInput
 
 Packing = Literal["stream", "pad"]
+WIDTHS = 16  # padded batches are a multiple of this wide: a compiled model meets few shapes
 
 
 class Blocks:
     """Blocks of `context_length` input tokens and as many labels, numbered from 0.
 
     packing "stream": the corpus as one stream, cut anywhere; every token is used, and a block may start inside a
-    document. packing "pad": a block is one document behind an end-of-text token, cut to length, or padded; for short
-    documents.
+    document. packing "pad": a block is one document behind an end-of-text token, cut to length, or padded to the
+    longest of its batch; for short documents.
     """
 
     def __init__(self, shards: Shards, context_length: int, packing: Packing = "stream"):
@@ -42,8 +43,10 @@ class Blocks:
             places = numbers[:, None] * self.context_length + np.arange(self.context_length + 1)
             rows = torch.from_numpy(self.tokens[places].astype(np.int64))
             return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
-        places = self.starts[numbers][:, None] + np.arange(self.context_length)
-        inside = torch.from_numpy(places < self.starts[numbers + 1][:, None])
+        starts, ends = self.starts[numbers], self.starts[numbers + 1]
+        width = min(-(-int((ends - starts).max()) // WIDTHS) * WIDTHS, self.context_length)
+        places = starts[:, None] + np.arange(width)
+        inside = torch.from_numpy(places < ends[:, None])
         last = len(self.tokens) - 1  # the end-of-text token of the last document
         rows = torch.from_numpy(self.tokens[np.minimum(places, last)].astype(np.int64))
         end_of_text = torch.full((len(rows), 1), int(self.tokens[last]))

@@ -67,6 +67,12 @@ class Shards:
         arrays = [np.memmap(path / name, dtype, "r", shape=(length,)) for name, (dtype, length) in files.items()]
         return cls(*arrays, meta["num_bytes"], meta)
 
+    def first_documents(self, num_tokens: int) -> np.ndarray:
+        """Offsets of the whole documents among the first `num_tokens`; of a part of the first one if it is longer."""
+        offsets = np.asarray(self.document_offsets)
+        within = offsets[offsets <= num_tokens]
+        return within if len(within) > 1 else np.array([0, num_tokens])
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """BadInput when the ids were not made by this tokenizer."""
         if (found := tokenizer_sha256(tokenizer)) != self.meta["tokenizer_sha256"]:

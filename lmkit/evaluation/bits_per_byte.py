@@ -13,6 +13,7 @@ targets, so neither their loss nor a length enters. The first token of the strea
 scored, by the model or by the n-gram lines. Sums are float64.
 """
 
+import itertools
 import json
 import math
 from typing import Any
@@ -97,14 +98,18 @@ def bits_per_byte(
     context_length: int,
     stride: int | None = None,
     batch_size: int = 8,
+    document_offsets: np.ndarray | None = None,
 ) -> dict[str, float | int]:
-    """Score a stream of tokens [N] in windows of `context_length`, and return
+    """Score a stream of tokens [N] in windows of at most `context_length`, and return
     `bits_per_byte, nats_per_token, perplexity, num_tokens, num_bytes, context_length, stride`.
 
     `model` is called as `model(input_ids=[B, T], use_cache=False).logits`, in evaluation mode. `tokenizer` is a
     tokenizer or what `token_bytes` made of it. By default windows do not overlap (`stride` = `context_length`); a
-    smaller stride gives each target more context at more cost, and stride 1 gives each the full context. Windows are
-    never padded, so `batch_size` changes memory (logits of [batch_size, context_length, V]) and not the result.
+    smaller stride gives each target more context at more cost, and stride 1 gives each the full context. Rows are
+    padded on the right, which a causal model never sees, so `batch_size` changes memory and not the result.
+
+    With `document_offsets` [D + 1], where each document begins and the last one ends, no window crosses a document:
+    each is read alone, behind the end-of-text token before it (before the first: the stream's last token).
 
     Raises ValueError for ids the tokenizer does not have, a stride outside [1, context_length], and a stream
     without a target that counts.
@@ -113,21 +118,31 @@ def bits_per_byte(
     if not 1 <= stride <= context_length:
         raise ValueError(f"stride is {stride}; wanted 1 to context_length, which is {context_length}")
     sizes = tokenizer if isinstance(tokenizer, np.ndarray) else token_bytes(tokenizer)
-    num_tokens, num_bytes = _countable(tokens, sizes)
-    length = min(context_length, len(tokens) - 1)
+    _countable(tokens, sizes)
     device = next(model.parameters()).device
-    cuts = windows(len(tokens), context_length, stride)
+    # (place of the first input, which is -1 before the first document; number of targets; first target that is scored)
+    spans = [(0, len(tokens))]
+    if document_offsets is not None:
+        spans = [(begin - 1, end) for begin, end in itertools.pairwise(document_offsets.tolist())]
+    cuts = [
+        (begin + start, min(context_length, end - begin - 1), first)
+        for begin, end in spans
+        for start, first in windows(end - begin, context_length, stride)
+    ]
     was_training = model.training
     model.eval()
-    nats = 0.0
+    nats, num_tokens, num_bytes = 0.0, 0, 0
     for at in range(0, len(cuts), batch_size):
-        starts, firsts = np.array(cuts[at : at + batch_size]).T
-        rows = np.asarray(tokens[starts[:, None] + np.arange(length + 1)], dtype=np.int64)
-        counts = (sizes[rows[:, 1:]] > 0) & (np.arange(length) >= firsts[:, None])
-        rows, counts = torch.from_numpy(rows).to(device), torch.from_numpy(counts).to(device)
+        starts, lengths, firsts = np.array(cuts[at : at + batch_size]).T[:, :, None]
+        steps = np.arange(lengths.max())
+        places = starts + np.minimum(np.arange(len(steps) + 1), lengths)
+        rows = np.asarray(tokens[places], dtype=np.int64)
+        targets = sizes[rows[:, 1:]] * ((steps >= firsts) & (steps < lengths))
+        counts, rows = torch.from_numpy(targets > 0).to(device), torch.from_numpy(rows).to(device)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits[counts].float(), rows[:, 1:][counts], reduction="none")
         nats += losses.double().sum().item()
+        num_tokens, num_bytes = num_tokens + len(losses), num_bytes + int(targets.sum())
     model.train(was_training)
     return {
         "bits_per_byte": nats / (math.log(2) * num_bytes),

@@ -88,8 +88,8 @@ class PPOTrainer:
     ):
         self.args, self.tokenizer, self.seed, self.output_dir = args, processing_class, seed, Path(output_dir)
         self.evaluation, self.report_to = evaluation, report_to
-        self.stop_requested, self.say = stop_requested, say
         self.accelerator = make_accelerator(args.bf16, model.config.get_text_config().hidden_size)
+        self.stop_requested, self.say = stop_requested, say if self.accelerator.is_main_process else lambda text: None
         device = self.accelerator.device
         share, rest = divmod(args.rollout_batch_size, self.accelerator.num_processes)
         if rest or share < args.num_mini_batches:

@@ -12,10 +12,10 @@ from lmkit.config import Config, knob, setting
 class TrainConfig(Config):
     """A batch has per_device_train_batch_size x gradient_accumulation_steps x processes samples."""
 
-    max_steps: int = setting(1000, "optimizer updates", gt=0)
-    per_device_train_batch_size: int = setting(64, "samples a process takes through the model at once", gt=0)
+    max_steps: int = setting(800, "optimizer updates", gt=0)
+    per_device_train_batch_size: int = setting(32, "samples a process takes through the model at once", gt=0)
     gradient_accumulation_steps: int = setting(1, "micro-batches whose gradients make one update", gt=0)
-    learning_rate: float = setting(3e-3, "peak learning rate, of Muon and AdamW alike", gt=0)
+    learning_rate: float = setting(1e-2, "peak learning rate, of Muon and AdamW alike", gt=0)
     lr_scheduler_type: Literal["wsd", "cosine", "linear"] = setting("wsd", "learning rate after the warmup")
     warmup_steps: int = setting(20, "updates until the learning rate has its peak", ge=0)
     decay_fraction: float = setting(0.5, "share of all steps in which wsd falls to zero", ge=0, le=1)
@@ -24,9 +24,9 @@ class TrainConfig(Config):
     optim: Literal["muon", "adamw_torch_fused"] = setting("muon", "muon: for hidden matrices, and AdamW for the rest")
     bf16: bool | None = setting(None, "matrix products in bfloat16; empty: where it is faster")
     torch_compile: bool | None = setting(None, "compile the model; empty: on GPUs")
-    logging_steps: int = knob(10, "updates between two rows of metrics.jsonl", gt=0)
-    eval_steps: int = knob(500, "updates between two evaluations; there is always one at the end", gt=0)
-    save_steps: int = knob(500, "updates between two checkpoints", gt=0)
+    logging_steps: int = knob(20, "updates between two rows of metrics.jsonl", gt=0)
+    eval_steps: int = knob(100, "updates between two evaluations; there is always one at the end", gt=0)
+    save_steps: int = knob(200, "updates between two checkpoints", gt=0)
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainConfig:

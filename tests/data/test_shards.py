@@ -154,3 +154,10 @@ def test_meta_is_plain_json(tokenizer, tmp_path):
     assert meta["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
     assert meta["vocab_size"] == len(tokenizer)
     assert meta["dtype"] == "uint16"
+
+
+def test_first_documents_are_whole_unless_the_first_is_too_long():
+    shards = Shards(np.arange(24), np.array([0, 3, 15, 24]), 0, {})
+    assert shards.first_documents(24).tolist() == [0, 3, 15, 24]
+    assert shards.first_documents(20).tolist() == [0, 3, 15]
+    assert shards.first_documents(2).tolist() == [0, 2]

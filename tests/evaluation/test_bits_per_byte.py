@@ -166,6 +166,24 @@ def test_stride_one_is_the_exact_conditional_likelihood():
     assert scores["bits_per_byte"] == pytest.approx(nats / (math.log(2) * 38), rel=1e-6)
 
 
+def test_documents_are_read_alone_behind_the_end_of_text_before_them():
+    model, tokens = tiny_transformer(), np.random.default_rng(3).integers(1, 7, 24)
+    offsets = np.array([0, 3, 15, 24])
+    tokens[offsets[1:] - 1] = 0  # each document ends with the end-of-text token
+    nats = 0.0
+    for begin, end in [(0, 3), (3, 15), (15, 24)]:
+        for target in range(begin, end - 1):
+            seen = torch.tensor([0, *tokens[begin:target]])[None]
+            with torch.no_grad():
+                nats -= model.eval()(input_ids=seen).logits[0, -1].log_softmax(-1)[tokens[target]].item()
+    sizes = np.array([0, 1, 1, 1, 1, 1, 1])
+    scores = [bits_per_byte(model, tokens, sizes, 16, batch_size=b, document_offsets=offsets) for b in (1, 2, 8)]
+    assert scores[0]["num_tokens"] == 21
+    assert scores[0]["nats_per_token"] == pytest.approx(nats / 21, rel=1e-6)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+    assert scores[2] == pytest.approx(scores[0], rel=1e-6)
+
+
 def test_batch_size_does_not_matter():
     model, tokens = tiny_transformer(), np.random.default_rng(2).integers(0, 7, 61)
     sizes = np.array([0, 1, 2, 1, 1, 3, 1])
