@@ -99,8 +99,8 @@ def _check(model, prompts, max_new_tokens, temperature, generator):
     longest = max(range(len(prompts)), key=lambda row: len(prompts[row]), default=None)
     if room and longest is not None and len(prompts[longest]) + max_new_tokens > room:
         raise BadInput(
-            f"prompt {longest} has {len(prompts[longest])} tokens and max_new_tokens is {max_new_tokens}, but the model has "
-            f"{room} positions; shorten the prompt or lower max_new_tokens."
+            f"prompt {longest} has {len(prompts[longest])} tokens and max_new_tokens is {max_new_tokens}, but the "
+            f"model has {room} positions; shorten the prompt or lower max_new_tokens."
         )
 
 
