@@ -15,12 +15,13 @@ from lmkit.rl.config import PPOConfig
 from lmkit.stage import Stage, is_main, run
 
 TRAIN = PPOConfig(
-    total_episodes=50 * 64,
+    total_episodes=60 * 64,
     rollout_batch_size=64,
-    num_ppo_epochs=4,
+    num_ppo_epochs=2,
     num_mini_batches=2,
     per_device_train_batch_size=32,
-    learning_rate=2e-4,
+    learning_rate=6e-4,
+    value_learning_rate=3e-3,
     max_new_tokens=128,
     temperature=1.0,
     missing_eos_penalty=1.0,

@@ -7,7 +7,7 @@ Writes  output_dir/model: a sequence-classification model with one label, centre
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -18,18 +18,18 @@ from lmkit.training.train_block import check_train_block
 USEFUL_ACCURACY = 0.65
 TRAIN = {
     "num_train_epochs": 2,
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 5e-4,
+    "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.0,
     "center_rewards_coefficient": 0.01,
     "gradient_checkpointing": False,
-    "logging_steps": 10,
+    "logging_steps": 20,
     "eval_strategy": "steps",
-    "eval_steps": 50,
-    "save_steps": 50,
+    "eval_steps": 100,
+    "save_steps": 100,
 }
 
 
@@ -39,6 +39,8 @@ class RewardStageConfig(StageConfig):
     data: Path = source(Path("runs/tiny/preferences/data"), "pairs: train and heldout, as the preferences stage writes")
     max_length: int = setting(256, "longest prompt with completion in tokens", gt=0)
     on_truncation: str = setting("error", "pairs over max_length: error above 1 %, or drop", pattern="^(error|drop)$")
+    learn_from: Literal["train", "heldout"] = setting("train", "the pairs to learn from; it is judged on the others")
+    judge_dir: Path | None = knob(None, "where to train another one, first, on the pairs this one is judged on")
     train: dict[str, Any] = setting(TRAIN, "options of trl.RewardConfig")
 
     @field_validator("train")
@@ -48,6 +50,9 @@ class RewardStageConfig(StageConfig):
 
 
 def main(config: RewardStageConfig) -> Path:
+    if config.judge_dir is not None:  # a judge that PPO never climbs, for data without gold
+        other = {"learn_from": "heldout", "output_dir": config.judge_dir, "judge_dir": None}
+        main(config.model_copy(update=other))
     stage = Stage("reward", config)
     if stage.finished:
         return stage.directory
@@ -68,9 +73,12 @@ def main(config: RewardStageConfig) -> Path:
         model, tokenizer = load_reward_model(config.model)
         check_positions(model, config.max_length)
         pairs = load_from_disk(str(config.data))
-        dataset, counts = encode_pairs(pairs["train"], tokenizer, config.max_length, config.on_truncation)
-        heldout, heldout_counts = encode_pairs(pairs["heldout"], tokenizer, config.max_length, config.on_truncation)
-        stage.say(show_counts("pairs", inspect_rows(pairs["train"], pairs["heldout"])))
+        learnt, judged = pairs["train"], pairs["heldout"]
+        if config.learn_from == "heldout":
+            learnt, judged = judged, learnt
+        dataset, counts = encode_pairs(learnt, tokenizer, config.max_length, config.on_truncation)
+        heldout, heldout_counts = encode_pairs(judged, tokenizer, config.max_length, config.on_truncation)
+        stage.say(show_counts("pairs", inspect_rows(learnt, judged)))
         stage.say(show_counts("for training", counts))
         stage.say(show_counts("held out", heldout_counts))
 
@@ -85,10 +93,8 @@ def main(config: RewardStageConfig) -> Path:
         train(trainer)
         centre(model, dataset)
         metrics, bins = judge(model, heldout)
-        if "score_chosen" in pairs["heldout"].column_names:  # how often the labeler itself agrees with its noisy labels
-            metrics["ceiling"] = float(
-                wins(pairs["heldout"]["score_chosen"], pairs["heldout"]["score_rejected"]).mean()
-            )
+        if "score_chosen" in judged.column_names:  # how often the labeler itself agrees with its noisy labels
+            metrics["ceiling"] = float(wins(judged["score_chosen"], judged["score_rejected"]).mean())
         metrics |= {f"pairs/{name}": value for name, value in counts.items()}
         stage.say(
             f"reward: held-out accuracy {metrics['accuracy']:.3f} "

@@ -18,18 +18,18 @@ from lmkit.training.train_block import check_train_block
 
 DATA, EVAL_DATA = "data/tales/sft.jsonl.gz", "data/tales/sft.validation.jsonl.gz"
 TRAIN = {
-    "max_steps": 300,
+    "max_steps": 150,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.0,
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 100,
-    "save_steps": 100,
+    "eval_steps": 50,
+    "save_steps": 50,
 }
 
 
