@@ -14,7 +14,6 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -90,7 +89,10 @@ class Stage:
         """True when this very stage was completed and its artifacts verify; BadInput when it was made otherwise."""
         record, made = read_record(self.directory), made_from(self.directory)
         if made and made["fingerprint"] != self.fingerprint:
-            changes = "; ".join(self.changed_settings(made) + self.changed_inputs(made)) or "its fingerprint differs"
+            inputs = [
+                f"the content of {n} ({self.inputs.get(n, 'no longer given')})" for n in self.changed_inputs(made)
+            ]
+            changes = "; ".join(self.changed_settings(made) + inputs) or "its fingerprint"
             raise BadInput(
                 f"{self.directory} was made with other settings: {changes}. Choose another run name, or redo it with "
                 f"`python recipes/rlhf.py --redo {self.name}` (the old one is moved aside, not deleted)."
@@ -109,10 +111,9 @@ class Stage:
         return [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
 
     def changed_inputs(self, made: dict) -> list[str]:
-        """The inputs whose content differs between a record and now, a line each."""
+        """Names of the inputs whose content differs between a record and now."""
         old = {name: entry["id"] for name, entry in made["inputs"].items()}
-        names = sorted(name for name in old | self._input_ids if old.get(name) != self._input_ids.get(name))
-        return [f"the content of {name} ({self.inputs.get(name, 'no longer given')}) changed" for name in names]
+        return sorted(name for name in old | self._input_ids if old.get(name) != self._input_ids.get(name))
 
     def __enter__(self) -> Stage:
         self._started = time.time()
@@ -227,14 +228,6 @@ def made_from(directory: Path) -> dict[str, Any] | None:
     return read_record(directory) or _read(Path(directory) / "plan.json")
 
 
-def move_aside(directory: Path) -> Path | None:
-    """Renames a stage directory to the first free `STAGE.old-N`, for nothing is deleted; None if there is nothing."""
-    if not directory.exists():
-        return None
-    aside = next(p for n in itertools.count(1) if not (p := directory.with_name(f"{directory.name}.old-{n}")).exists())
-    return directory.rename(aside)
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -315,23 +308,6 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "exit.json", {"code": code, "reason": reason})
     sys.exit(code)
-
-
-def run_process(command: list[str], directory: Path) -> int:
-    """Runs a stage as its own process group, passing signals on; its exit code, from exit.json under a launcher."""
-    (directory / "exit.json").unlink(missing_ok=True)
-    process = subprocess.Popen(command, start_new_session=True)
-
-    def forward(number: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    code = process.wait()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    told = _read(directory / "exit.json")
-    return told["code"] if code and told else code
 
 
 def make_upstream(config: StageConfig) -> None:

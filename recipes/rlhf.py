@@ -22,24 +22,10 @@ from sft import SFTStageConfig
 from tokenizer import TokenizerConfig
 
 from lmkit.artifact import require
+from lmkit.chain import CHAIN_SEED, RUN, chained, is_stale, move_aside, relocated, run_process, stage_command
 from lmkit.config import Config, StageConfig, knob, setting, to_yaml
 from lmkit.errors import BadInput
-from lmkit.stage import CHAIN, Stage, inputs_of, made_from, move_aside, run, run_process
-
-RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the name is known
-CHAIN_SEED = -1  # stands for the chain's seed
-
-
-def relocated(config: StageConfig, old: Path, new: Path, seed: int) -> StageConfig:
-    """The configuration with every path below `old` moved below `new`, and with that seed."""
-    values = config.model_dump() | {"seed": seed}
-    inside = {k: v for k, v in values.items() if isinstance(v, Path | str) and Path(v).is_relative_to(old)}
-    moved = {k: type(v)(new / Path(v).relative_to(old)) for k, v in inside.items()}
-    return type(config).model_validate(values | moved)
-
-
-def chained(cls: type[StageConfig]) -> StageConfig:
-    return relocated(cls(), Path("runs/tiny"), RUN, CHAIN_SEED)
+from lmkit.stage import CHAIN, Stage, inputs_of, made_from, run
 
 
 class RLHFConfig(Config):
@@ -76,15 +62,21 @@ def selected(config: RLHFConfig) -> list[str]:
         if name not in (None, *CHAIN):
             raise BadInput(f"{name} is not a stage. The stages are {', '.join(CHAIN)}.")
     first, last = config.only or config.first or CHAIN[0], config.only or config.to or CHAIN[-1]
-    return list(CHAIN[CHAIN.index(first) : CHAIN.index(last) + 1])
+    stages = list(CHAIN[CHAIN.index(first) : CHAIN.index(last) + 1])
+    if config.redo not in (None, *stages):
+        raise BadInput(f"--redo {config.redo} is not among the stages to go through: {', '.join(stages) or 'none'}.")
+    return stages
 
 
-def command_of(stage: str, config: RLHFConfig) -> list[str]:
-    """The command a person would type to run this one stage."""
-    file = config.output_dir / "configs" / f"{stage}.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config.launch.get(stage))]
-    recipe = [str(Path(__file__).parent / f"{stage}.py"), "--config", str(file)]
-    return [sys.executable, *(launcher if stage in config.launch else []), *recipe]
+def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
+    """BadInput unless what the chain does not make itself is there, and has the rows that the stage reads."""
+    for field, path in inputs_of(section).items():
+        if not Path(str(path)).is_relative_to(run_dir):
+            require(path, f"{stage}.{field}")
+    if made_from(section.output_dir) is None:
+        from lmkit.data.load import check_rows
+
+        check_rows(stage, section)
 
 
 def main(config: RLHFConfig) -> Path:
@@ -92,30 +84,29 @@ def main(config: RLHFConfig) -> Path:
         raise BadInput("rlhf.py starts each stage itself: run it with plain python, and name launchers under `launch`.")
     began, ran = time.time(), []
     sections = {name: config.section(name) for name in selected(config)}
-    for name, section in sections.items():  # what the chain does not make itself must be there before it starts
-        for field, path in inputs_of(section).items():
-            if not Path(str(path)).is_relative_to(config.output_dir):
-                require(path, f"{name}.{field}")
-    if config.redo in sections and not config.dry_run:
-        print(f"{config.redo}: the old one is kept as {move_aside(sections[config.redo].output_dir)}")
     for name, section in sections.items():
-        if config.dry_run and (ran or config.redo == name):
+        check_outside(name, section, config.output_dir)
+    for name, section in sections.items():
+        redo = config.redo == name
+        command = shlex.join(words := stage_command(name, config.output_dir, config.launch.get(name)))
+        if config.dry_run and ran:
             print(f"{name}: would run, unless what it reads comes out unchanged")
             continue
-        stage, made = Stage(name, section), made_from(section.output_dir)
-        if made and ran and stage.changed_inputs(made) and not stage.changed_settings(made):
-            print(f"{name}: what it reads has changed, the old one is kept as {move_aside(stage.directory)}")
-        if stage.finished:
+        if redo or is_stale(stage := Stage(name, section), config.output_dir):
+            why = "asked for" if redo else "what it reads has changed"
+            print(f"{name}: to be made again ({why}); the old one {'would be' if config.dry_run else 'is'} kept")
+            if not config.dry_run:
+                move_aside(section.output_dir)
+        elif stage.finished:
             continue
         ran.append(name)
-        command = command_of(name, config)
         if config.dry_run:
-            print(f"{name}: would run {shlex.join(command)}")
+            print(f"{name}: would run {command}")
             continue
         (config.output_dir / "configs").mkdir(parents=True, exist_ok=True)
         (config.output_dir / "configs" / f"{name}.yaml").write_text(to_yaml(section), encoding="utf-8")
-        print(f"\n[{CHAIN.index(name) + 1}/{len(CHAIN)}] {shlex.join(command)}", flush=True)
-        if code := run_process(command, section.output_dir):
+        print(f"\n[{CHAIN.index(name) + 1}/{len(CHAIN)}] {command}", flush=True)
+        if code := run_process(words, section.output_dir):
             print(f"The chain stopped at {name}. To go on: {shlex.join([sys.executable, *sys.argv])}", file=sys.stderr)
             sys.exit(code)
     if ran and not config.dry_run:

@@ -25,7 +25,7 @@ def nano(tmp_path_factory):
     from lmkit.tokenization.train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("nano")
-    documents = gzip.open(ROOT / "data/tales/text.validation.txt.gz", "rt").read().split("\n\n")
+    documents = gzip.decompress((ROOT / "data/tales/text.validation.txt.gz").read_bytes()).decode().split("\n\n")
     tokenizer = train_tokenizer(lambda: documents, vocab_size=512, trainer="tokenizers")
     for split in ("train", "validation"):
         write_shards(documents[:20], tokenizer, folder / "shards" / split, 1)

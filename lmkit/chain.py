@@ -1,0 +1,72 @@
+"""A run of the whole chain: where its stages lie, what in them is out of date, and how each is started."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmkit.config import StageConfig
+from lmkit.stage import Stage, made_from
+
+RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the name is known
+CHAIN_SEED = -1  # stands for the chain's seed
+
+
+def relocated(config: StageConfig, old: Path, new: Path, seed: int) -> StageConfig:
+    """The configuration with every path below `old` moved below `new`, and with that seed."""
+    values = config.model_dump() | {"seed": seed}
+    inside = {k: v for k, v in values.items() if isinstance(v, Path | str) and Path(v).is_relative_to(old)}
+    moved = {k: type(v)(new / Path(v).relative_to(old)) for k, v in inside.items()}
+    return type(config).model_validate(values | moved)
+
+
+def chained(cls: type[StageConfig]) -> Any:
+    """A stage's defaults, which name the run `tiny`, as defaults in a run of any name."""
+    return relocated(cls(), Path("runs/tiny"), RUN, CHAIN_SEED)
+
+
+def is_stale(stage: Stage, run_dir: Path) -> bool:
+    """Whether a stage has its present settings but was made from other outputs of earlier stages of the run."""
+    made = made_from(stage.directory)
+    changed = stage.changed_inputs(made) if made and not stage.changed_settings(made) else []
+    return bool(changed) and all(Path(str(stage.inputs.get(name))).is_relative_to(run_dir) for name in changed)
+
+
+def stage_command(stage: str, run_dir: Path, launcher: Path | None = None) -> list[str]:
+    """The command a person would type to run one stage: plain python, or `accelerate launch` with a configuration."""
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / f"{stage}.py"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(launcher)] if launcher else []
+    return [sys.executable, *launch, str(recipe), "--config", str(run_dir / "configs" / f"{stage}.yaml")]
+
+
+def move_aside(directory: Path) -> Path | None:
+    """Renames a stage directory to the first free `STAGE.old-N`, for nothing is deleted; None if there is nothing."""
+    if not directory.exists():
+        return None
+    aside = next(p for n in itertools.count(1) if not (p := directory.with_name(f"{directory.name}.old-{n}")).exists())
+    return directory.rename(aside)
+
+
+def run_process(command: list[str], directory: Path) -> int:
+    """Runs a stage as its own process group, passing signals on; its exit code, from exit.json under a launcher."""
+    (directory / "exit.json").unlink(missing_ok=True)
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    file = directory / "exit.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return told["code"] if code and told else code
