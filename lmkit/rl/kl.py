@@ -22,7 +22,8 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tens
         return difference
     if estimator == "k2":
         return difference**2 / 2
-    return (-difference).exp() - 1 + difference
+    # A ratio beyond e^20 says no more than e^20 does, and overflows.
+    return (-difference).clamp(max=20.0).exp() - 1 + difference
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, num_episodes: int, horizon: int) -> float:

@@ -67,7 +67,7 @@ def update(
     Raises Stopped, the step not taken, when a loss or gradient is not finite.
     """
     totals: dict[str, Tensor] = {}
-    norms, largest, first_ratio = [], 0.0, 0.0
+    norms, largest, first_ratio = [], -math.inf, 0.0
     bases = (config.learning_rate, config.value_learning_rate or 3 * config.learning_rate)
     model.train()
     for step, index in enumerate(mini_batches(len(rollout.scores), config, generator)):
@@ -80,10 +80,11 @@ def update(
                 loss, sums = micro_batch_loss(batch, rows, *targets, model, config, accelerator.device)
                 # Processes' gradients are averaged; this loss is a mean over the tokens of all of them.
                 accelerator.backward(loss * accelerator.num_processes / count)
-            largest = max(largest, sums.pop("ratio_log_max").item())
+            largest = max(largest, sums.pop("log_ratio_max").item())
+            distance = sums.pop("log_ratio_distance").item()
+            first_ratio = max(first_ratio, distance) if step == 0 else first_ratio
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
-        first_ratio = largest if step == 0 else first_ratio
         groups = optimizer.param_groups
         norms.append([accelerator.clip_grad_norm_(g["params"], config.max_grad_norm).item() for g in groups])
         if not math.isfinite(sum(norms[-1]) + float(totals["loss"])):
@@ -138,7 +139,8 @@ def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, model, c
             "value_clipped": ((values - old_values).abs() > config.cliprange_value).sum(),
             "ratio": ratio.sum(),
             "ratio_squared": (ratio**2).sum(),
-            "ratio_log_max": difference.abs().max(),
+            "log_ratio_max": difference.max(),
+            "log_ratio_distance": difference.abs().max(),
         }
     return loss, sums
 

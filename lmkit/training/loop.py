@@ -82,6 +82,7 @@ def fit(
     # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads them.
     window = torch.zeros(3, device=accelerator.device)
     start = _resume(prepared, optimizers, window, accelerator, stage)
+    counted_before = window[1].item()  # by the run that was stopped: no part of this one's speed
     metrics: dict[str, float] = {}
     cadences = {"log": config.logging_steps, "evaluate": config.eval_steps, "save": config.save_steps}
     options = {"total_steps": config.max_steps, "start_step": start, "accelerator": accelerator}
@@ -102,7 +103,8 @@ def fit(
                 loss_sum, tokens, norms = window.tolist()
                 num_steps = (step - 1) % config.logging_steps + 1
                 row = {"loss": loss_sum / tokens, "grad_norm": norms / num_steps, "learning_rate": rate}
-                tracker.log(step, row, tokens=round(tokens))
+                tracker.log(step, row, tokens=round(tokens - counted_before))
+                counted_before = 0.0
                 metrics |= row
                 window.zero_()
             if "evaluate" in due and evaluate is not None:
