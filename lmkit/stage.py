@@ -32,6 +32,7 @@ from typing import Any
 from lmkit.artifact import MANIFEST, content_id, seal, verify, write_json
 from lmkit.config import Config, StageConfig, explain, load
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
+from lmkit.tracking import printable
 
 CHAIN = ("tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluation")
 # Keys of a pass-through `train` mapping that change what is shown or kept, never what is learnt.
@@ -157,7 +158,8 @@ class Stage:
         return self._stop
 
     def say(self, text: str, log: bool = True) -> None:
-        """Prints lines for the user, and appends them to log.txt."""
+        """Prints lines for the user, control characters of a model's text shown as escapes; appends them to log.txt."""
+        text = printable(text)
         if is_main():
             print(text, flush=True)
             if log:
