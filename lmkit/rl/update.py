@@ -97,6 +97,8 @@ def update(
             group["lr"] = base * rates[step]
         optimizer.step()
         optimizer.zero_grad()
+    extremes = torch.tensor([largest, first_ratio], device=accelerator.device)
+    largest, first_ratio = accelerator.gather(extremes).reshape(-1, 2).max(dim=0).values.tolist()
     return _means(totals, norms, accelerator) | {
         "val/ratio_max": math.exp(largest),
         "val/first_ratio_error": first_ratio,

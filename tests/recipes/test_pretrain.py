@@ -74,7 +74,7 @@ def test_training_goes_on_from_a_model_directory(trained, nano, tmp_path):
     first = json.loads((tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     fresh = json.loads((trained.output_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert first < fresh
-    assert verify(path) != verify(trained.output_dir / "model")
+    assert verify(path / "model") != verify(trained.output_dir / "model")
 
 
 def test_a_context_longer_than_the_models_is_refused(trained, nano, tmp_path):
