@@ -1,19 +1,19 @@
-"""Pretrains a language model on token shards.
+"""Pretraining: a language model from nothing, or from an existing one, on token shards.
 
-    python recipes/pretrain.py --output_dir runs/tiny/pretrain --train.max_steps 1000
-    accelerate launch --config_file accelerate_configs/ddp.yaml recipes/pretrain.py
+Reads   --tokenizer and --shards, as the tokenizer stage writes them
+Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat template; metrics.jsonl
 
-Writes model/: weights, configuration, tokenizer and chat template, a plain Hugging Face directory. Prints validation
-bits per byte beside those of a modified Kneser-Ney n-gram on the same text, and a sample.
+    python recipes/pretrain.py --train.max_steps 1000
+    accelerate launch --config_file accelerate_configs/ddp.yaml recipes/pretrain.py --config my.yaml
 """
 
 from pathlib import Path
 from typing import Literal
 
-from lmkit import stage
 from lmkit.config import StageConfig, knob, setting
 from lmkit.errors import BadInput
 from lmkit.models.presets import ModelConfig
+from lmkit.stage import Stage, run
 from lmkit.training.options import TrainConfig
 
 
@@ -30,9 +30,9 @@ class PretrainConfig(StageConfig):
 
 
 def main(config: PretrainConfig) -> Path:
-    run = stage.Stage("pretrain", config)
-    if run.finished:
-        return run.directory
+    stage = Stage("pretrain", config)
+    if stage.finished:
+        return stage.directory
     import torch
     from transformers import AutoTokenizer
 
@@ -73,35 +73,35 @@ def main(config: PretrainConfig) -> Path:
         result = bits_per_byte(model, scored, sizes, context_length, **options)
         return {f"eval/{key}": result[key] for key in ("bits_per_byte", "nats_per_token")}
 
-    with run:
-        run.say(
+    with stage:
+        stage.say(
             f"pretrain: {model.num_parameters():,} parameters, {len(train.tokens):,} tokens in {len(blocks):,} blocks "
             f"of {context_length}, vocabulary {len(tokenizer)}, {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
         )
-        options = {"accelerator": accelerator, "stage": run, "evaluate": evaluate}
+        options = {"accelerator": accelerator, "stage": stage, "evaluate": evaluate}
         with packed_attention(model):
             metrics = loop.fit(CausalLMLoss(model), blocks.fetch, len(blocks), config.train, **options)
         if accelerator.is_main_process:
             lines = ngram_bits_per_byte(train.tokens, scored, sizes, config.ngram_order)
             ours, theirs = metrics["eval/bits_per_byte"], lines["kneser_ney"]
-            run.say(
+            stage.say(
                 f"pretrain: validation bits per byte {ours:.4f}; {config.ngram_order}-gram Kneser-Ney {theirs:.4f}, "
                 f"unigram {lines['unigram']:.4f}, uniform {lines['uniform']:.4f}"
             )
             if ours > theirs:
-                run.say("warning: the model is worse than the n-gram; it needs more steps, or a higher learning rate.")
+                stage.say("warning: the model is worse than the n-gram; give it more steps or a higher learning rate.")
             generator = torch.Generator().manual_seed(config.seed)
             stops, room = stop_token_ids(tokenizer), context_length - 1
             drawn = sample(model, [[stops[-1]]], max_new_tokens=room, stop_token_ids=stops, generator=generator)
-            run.say(f"sample: {tokenizer.decode(drawn.ids(0), skip_special_tokens=True)}")
-            with run.seal("model") as folder:
+            stage.say(f"sample: {tokenizer.decode(drawn.ids(0), skip_special_tokens=True)}")
+            with stage.seal("model") as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-            run.finish(metrics | {f"eval/{key}_bits_per_byte": value for key, value in lines.items()})
+            stage.finish(metrics | {f"eval/{key}_bits_per_byte": value for key, value in lines.items()})
         accelerator.wait_for_everyone()
-    return run.directory
+    return stage.directory
 
 
 if __name__ == "__main__":
-    stage.run(main, PretrainConfig, __doc__)
+    run(main, PretrainConfig, __doc__)
