@@ -64,7 +64,7 @@ def test_an_easy_preference_is_learnt_and_measured(nano, data, tmp_path, capsys)
     assert sum(b["count"] for b in metrics["calibration"]) == metrics["num_heldout"] == 50
     said = capsys.readouterr().out
     assert "annotators' ceiling" in said
-    assert "will not help" not in said
+    assert "may not help" not in said
 
 
 def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):

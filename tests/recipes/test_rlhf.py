@@ -30,23 +30,24 @@ def run(*flags, **environment):
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
-    """A finished nano chain and what it printed."""
+    """The runs directory of a finished nano chain, what it printed, and a line on where its time went."""
     runs = tmp_path_factory.mktemp("runs")
     started = time.perf_counter()
     process = run("--config", "recipes/configs/nano/rlhf.yaml", "--runs_dir", runs)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     wall = time.perf_counter() - started
     work = sum(read_record(runs / "nano" / stage)["seconds"] for stage in CHAIN)
-    print(f"\nnano chain: {wall:.0f} s, of which {wall - work:.0f} s start-up")
-    return runs, process.stdout
+    return runs, process.stdout, f"nano chain: {wall:.0f} s, of which {wall - work:.0f} s start-up"
 
 
 def flags(runs):
     return "--config", "recipes/configs/nano/rlhf.yaml", "--runs_dir", runs
 
 
-def test_the_chain_prints_each_command_and_leaves_the_promised_results(nano):
-    runs, printed = nano
+def test_the_chain_prints_each_command_and_leaves_the_promised_results(nano, capsys):
+    runs, printed, spent = nano
+    with capsys.disabled():
+        print(f"\n{spent}")
     for number, stage in enumerate(CHAIN, 1):
         assert f"[{number}/7]" in printed
         assert f"recipes/{stage}.py --config {runs}/nano/configs/{stage}.yaml" in printed
@@ -74,7 +75,7 @@ def test_a_second_run_skips_every_stage_quickly(nano):
 
 def test_models_load_without_lmkit_and_give_the_same_logits(nano):
     """A process that cannot import lmkit loads each model; its logits equal those of the weights in the file."""
-    runs, _ = nano
+    runs, *_ = nano
     code = (
         "import json, sys; sys.modules['lmkit'] = None\n"
         "import torch\n"
