@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 
 import pytest
@@ -11,6 +12,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# A suite started in the background (`make test &`) ignores Ctrl-C, and so would every process that its tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_local(host: object) -> bool:

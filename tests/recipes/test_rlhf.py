@@ -134,7 +134,7 @@ def test_another_setting_is_refused_by_name_and_redo_keeps_the_old_one(nano, tmp
 
 
 def test_ctrl_c_stops_the_chain_and_the_same_command_goes_on(tmp_path):
-    """The terminal's signal reaches rlhf.py, which passes it on; nothing of the stage is visible, 75 is the answer."""
+    """The terminal's signal reaches rlhf.py, which passes it on; the stage is not finished, 75 is the answer."""
     command = [sys.executable, "recipes/rlhf.py", *map(str, flags(tmp_path)), "--to", "tokenizer"]
     chain = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in chain.stdout:
@@ -147,7 +147,7 @@ def test_ctrl_c_stops_the_chain_and_the_same_command_goes_on(tmp_path):
     _, stderr = chain.communicate(timeout=30)
     assert chain.returncode == 75
     assert "To go on:" in stderr
-    assert not (tmp_path / "nano" / "tokenizer" / "tokenizer").exists()
+    assert read_record(tmp_path / "nano" / "tokenizer") is None
     again = run(*flags(tmp_path), "--to", "tokenizer")
     assert again.returncode == 0, again.stderr
 
