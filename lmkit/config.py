@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmkit.errors import BadInput
-from lmkit.strict_yaml import dump_yaml, parse_yaml
+from lmkit.strict_yaml import dump_yaml, parse_yaml, read_mapping
 
 
 class Config(BaseModel):
@@ -45,19 +45,6 @@ class StageConfig(Config):
     output_dir: Path = knob(..., "where the stage writes: artifact folders, record, metrics, checkpoints")
     seed: int = setting(0, "seed of every random choice the stage makes")
     report_to: list[str] = knob([], "trackers beside metrics.jsonl: tensorboard, trackio, wandb")
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; BadInput when the file is missing, unreadable or not a mapping."""
-    try:
-        value = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist. Pass --config an existing YAML file.") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise BadInput(f"{path} cannot be read as a UTF-8 text file ({error}).") from None
-    if not isinstance(value, dict | None):
-        raise BadInput(f"{path} holds a {type(value).__name__}; wanted a mapping such as `seed: 0`.")
-    return value or {}
 
 
 def parse_flags(argv: list[str], switches: set[str] = frozenset()) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -48,6 +49,19 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise BadInput(f"{where}  is not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadInput when the file is missing, unreadable or not a mapping."""
+    try:
+        value = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist. Pass --config an existing YAML file.") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise BadInput(f"{path} cannot be read as a UTF-8 text file ({error}).") from None
+    if not isinstance(value, dict | None):
+        raise BadInput(f"{path} holds a {type(value).__name__}; wanted a mapping such as `seed: 0`.")
+    return value or {}
 
 
 class _Dumper(yaml.SafeDumper):

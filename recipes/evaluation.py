@@ -60,7 +60,6 @@ def main(config: EvaluationConfig) -> Path:
         answers, many = sample_all(config, stage, state, models, tokenizer, prompts)
         many_scores = compare.model_scores(reward_model, many).reshape(len(prompts), -1)
         answers[f"best_of_{config.best_of}"] = compare.pick_best(many, many_scores)
-
         metrics = {"num_prompts": len(prompts), **compare.shape_metrics(answers)}
         scores = {name: compare.model_scores(reward_model, row) for name, row in answers.items()}
         columns = {"score": scores, "length": compare.lengths(answers)}
@@ -82,7 +81,6 @@ def main(config: EvaluationConfig) -> Path:
             context = min(model.config.max_position_embeddings, MAX_CONTEXT)
             measured = bits_per_byte(model, validation.tokens, tokenizer, context, **documents)
             metrics[f"bits_per_byte/{name}"] = measured["bits_per_byte"]
-
         stage.say("\n".join(compare.table(metrics, list(answers))))
         rows = compare.side_by_side(prompts, answers, columns)
         stage.say(f"sample: {rows[0]['prompt']}\n  sft: {rows[0]['sft']}\n  ppo: {rows[0]['ppo']}")

@@ -13,9 +13,10 @@ import pytest
 import rlhf
 from safetensors.torch import load_file
 
-from lmkit.config import load, read_mapping, to_yaml, validate
+from lmkit.config import load, to_yaml, validate
 from lmkit.errors import BadInput
 from lmkit.stage import CHAIN, read_record
+from lmkit.strict_yaml import read_mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN_FILES = sorted((ROOT / "recipes" / "configs").rglob("rlhf.yaml"))
@@ -80,21 +81,26 @@ def test_models_load_without_lmkit_and_give_the_same_logits(nano):
         "import json, sys; sys.modules['lmkit'] = None\n"
         "import torch\n"
         "from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer\n"
-        "folder, kind = sys.argv[1:]\n"
-        "cls = AutoModelForCausalLM if kind == 'lm' else AutoModelForSequenceClassification\n"
-        "model, info = cls.from_pretrained(folder, output_loading_info=True)\n"
-        "ids = AutoTokenizer.from_pretrained(folder)('The fox and the map', return_tensors='pt').input_ids\n"
-        "loaded = {k: v for k, v in info.items() if v}\n"
-        "print(json.dumps([model.eval()(input_ids=ids).logits.double().sum().item(), str(loaded)]))\n"
+        "classes = {'lm': AutoModelForCausalLM, 'score': AutoModelForSequenceClassification}\n"
+        "for folder, kind in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    model, info = classes[kind].from_pretrained(folder, output_loading_info=True)\n"
+        "    ids = AutoTokenizer.from_pretrained(folder)('The fox and the map', return_tensors='pt').input_ids\n"
+        "    problems = {k: str(v) for k, v in info.items() if v}\n"
+        "    print(json.dumps([model.eval()(input_ids=ids).logits.double().sum().item(), problems]))\n"
     )
-    for stage, folder, kind in [("pretrain", "model", "lm"), ("sft", "model", "lm"), ("ppo", "model", "lm"),
-                                ("reward", "model", "score"), ("ppo", "value", "score")]:  # fmt: skip
-        path = runs / "nano" / stage / folder
-        command = [sys.executable, "-c", code, str(path), kind]
-        process = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
-        total, problems = json.loads(process.stdout.splitlines()[-1])
-        assert problems == "{}", problems
-        assert total == pytest.approx(logits_here(path, kind), abs=1e-9)
+    kinds = {
+        "pretrain/model": "lm",
+        "sft/model": "lm",
+        "ppo/model": "lm",
+        "reward/model": "score",
+        "ppo/value": "score",
+    }
+    words = [word for folder, kind in kinds.items() for word in (str(runs / "nano" / folder), kind)]
+    process = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd="/", check=True)
+    lines = process.stdout.splitlines()[-len(kinds) :]
+    for (folder, kind), (total, problems) in zip(kinds.items(), map(json.loads, lines), strict=True):
+        assert problems == {}
+        assert total == pytest.approx(logits_here(runs / "nano" / folder, kind), abs=1e-9)
 
 
 def logits_here(path, kind):
