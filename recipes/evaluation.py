@@ -40,8 +40,8 @@ def main(config: EvaluationConfig) -> Path:
     from accelerate import PartialState
 
     from lmkit.artifact import write_json
-    from lmkit.data.load import load_prompts
     from lmkit.data.shards import Shards
+    from lmkit.data.sources import load_prompts
     from lmkit.evaluation import compare
     from lmkit.evaluation.bits_per_byte import bits_per_byte
     from lmkit.evaluation.preference import share

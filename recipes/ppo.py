@@ -47,7 +47,7 @@ def main(config: PPOStageConfig) -> Path:
     stage = Stage("ppo", config)
     if stage.finished:
         return stage.directory
-    from lmkit.data.load import load_prompts
+    from lmkit.data.sources import load_prompts
     from lmkit.evaluation.preference import component_means, gold_scores
     from lmkit.models.load import load_language_model
     from lmkit.rl.trainer import PPOTrainer

@@ -40,7 +40,7 @@ def main(config: PreferencesConfig) -> Path:
     from accelerate import PartialState
     from datasets import DatasetDict
 
-    from lmkit.data.load import load_pairs
+    from lmkit.data.sources import load_pairs
     from lmkit.evaluation.label import heldout_rows
 
     with stage:
@@ -63,7 +63,7 @@ def main(config: PreferencesConfig) -> Path:
 
 def sample_pairs(config: PreferencesConfig, stage: Stage, state):
     """Rows of labelled pairs sampled from the model, and facts about them."""
-    from lmkit.data.load import load_prompts
+    from lmkit.data.sources import load_prompts
     from lmkit.evaluation.label import label_pairs, scorer
     from lmkit.generation.complete import complete_shared
     from lmkit.models.load import load_language_model

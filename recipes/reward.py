@@ -105,7 +105,7 @@ def main(config: RewardStageConfig) -> Path:
         )
         if metrics["accuracy"] < USEFUL_ACCURACY:
             stage.say(
-                f"warning: accuracy below {USEFUL_ACCURACY:.0%}: PPO on this reward model may not help. Give more "
+                f"warning: accuracy below {USEFUL_ACCURACY:.0%}: PPO on this reward model will not help. Give more "
                 "pairs, or pairs whose completions differ more clearly."
             )
         save_model(trainer)

@@ -74,7 +74,7 @@ def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
         if not Path(str(path)).is_relative_to(run_dir):
             require(path, f"{stage}.{field}")
     if made_from(section.output_dir) is None:
-        from lmkit.data.load import check_rows
+        from lmkit.data.sources import check_rows
 
         check_rows(stage, section)
 

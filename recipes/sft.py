@@ -66,7 +66,7 @@ def main(config: SFTStageConfig) -> Path:
 
     from lmkit.data.encode import encode_demonstrations, shortest_prompt, show_counts
     from lmkit.data.formats import inspect_rows
-    from lmkit.data.load import load_demonstrations
+    from lmkit.data.sources import load_demonstrations
     from lmkit.generation.complete import complete
     from lmkit.models.load import check_positions, load_language_model
     from lmkit.tokenization.chat import stop_token_ids

@@ -104,6 +104,19 @@ def load_prompts(source: Source | list[Source], mapping: Mapping[str, str] | Non
     return to_prompts(load_rows(source), mapping, str(source))
 
 
+def check_rows(stage: str, config: Any) -> None:
+    """Reads the rows that a stage's configuration names, so that a chain refuses them before its first stage starts."""
+    readers = {
+        "sft": {"data": load_demonstrations, "eval_data": load_demonstrations},
+        "preferences": {"data": load_pairs} if getattr(config, "data", None) else {"prompts": load_prompts},
+        "ppo": {"prompts": load_prompts, "eval_prompts": load_prompts},
+        "evaluation": {"prompts": load_prompts},
+    }
+    for field, read in readers.get(stage, {}).items():
+        if (value := getattr(config, field)) is not None:
+            read(value, config.mapping if field.endswith("data") else None)
+
+
 # ------------------------------------------------------------------------------------------------------ finding
 
 

@@ -64,7 +64,7 @@ def test_an_easy_preference_is_learnt_and_measured(nano, data, tmp_path, capsys)
     assert sum(b["count"] for b in metrics["calibration"]) == metrics["num_heldout"] == 50
     said = capsys.readouterr().out
     assert "annotators' ceiling" in said
-    assert "may not help" not in said
+    assert "will not help" not in said
 
 
 def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):
@@ -84,7 +84,7 @@ def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):
 def test_a_weak_reward_model_is_a_warning(nano, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reward, "USEFUL_ACCURACY", 0.99)
     main(config(nano, data, tmp_path / "reward"))
-    assert "warning: accuracy below 99%: PPO on this reward model may not help" in capsys.readouterr().out
+    assert "warning: accuracy below 99%: PPO on this reward model will not help" in capsys.readouterr().out
 
 
 def test_stopping_and_going_on_gives_the_same_model(nano, data, tmp_path, monkeypatch):
