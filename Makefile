@@ -11,7 +11,7 @@ rlhf: $(VENV)/.installed
 	$(BIN)/python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --durations=10
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow" --timeout=1800 --durations=0
