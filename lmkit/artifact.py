@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,32 +16,63 @@ from typing import Any
 from lmkit.errors import BadInput, CorruptInput
 
 MANIFEST = "MANIFEST.json"
+# Beside the bytes of a save: manifest, directories, a line of a log.
+SPARE_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors (Rust) and torch (C++) hide the error number in a text, torch even the reason.
+_FULL_TEXTS = ("No space left on device", "os error 28", "File too large", "os error 27", "unexpected pos")
 
 
 @contextlib.contextmanager
-def seal(target: Path) -> Iterator[Path]:
+def seal(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     """Yields an empty staging folder that becomes `target`, whole, when the block ends without an exception.
 
     Files are made readable (0644), flushed to the disk and listed in MANIFEST.json with size and sha256; links and
     special files are refused. An existing `target` is moved aside before the rename and deleted after it.
+
+    num_bytes: about how much will be written. Where less is free, or the disk fills up in the middle, this raises
+    OSError (ENOSPC) that names `target`, and leaves everything as it was.
     """
     target = Path(target)
-    staging = target.with_name(f".staging-{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging, replaced = (target.with_name(f".{kind}-{target.name}") for kind in ("staging", "replaced"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (staging, replaced):
+        remove(leftover)
+    wanted, free = num_bytes + SPARE_BYTES, shutil.disk_usage(target.parent).free
+    if free < wanted:
+        raise OSError(errno.ENOSPC, f"{wanted / 1e6:,.1f} MB wanted, {free / 1e6:,.1f} MB free", str(target))
+    staging.mkdir()
     try:
         yield staging
         _write_manifest(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # frees the space when the disk was full
+    except BaseException as error:
+        remove(staging)  # frees the space when the disk was full
+        if is_out_of_space(error):
+            raise OSError(errno.ENOSPC, "the disk filled up while it was written", str(target)) from error
         raise
-    replaced = target.with_name(f".replaced-{target.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
     staging.rename(target)
     _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an exception, or one behind it, says that a disk, a quota or a limit on file sizes is exhausted."""
+    seen = error
+    while seen is not None:
+        if getattr(seen, "errno", None) in _FULL or any(text in str(seen) for text in _FULL_TEXTS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link (never what it points to) or a folder with all in it, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -57,6 +89,7 @@ def _write_manifest(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {"files": files, "id": _manifest_id(files)})
     for directory in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        directory.chmod(0o755)
         _sync(directory)
 
 
@@ -75,8 +108,13 @@ def _sync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that `path` holds either the old text or all of the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    _sync(temporary)
+    remove(temporary)  # a link that lies in wait there is not written through
+    try:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        _sync(temporary)
+    except OSError:
+        remove(temporary)
+        raise
     temporary.replace(path)
     _sync(path.parent)
 

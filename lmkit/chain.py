@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from lmkit.artifact import write_json
 from lmkit.config import StageConfig
+from lmkit.errors import Interrupted
+from lmkit.processes import run_group
 from lmkit.stage import Stage, made_from
 
 RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the name is known
@@ -55,18 +55,17 @@ def move_aside(directory: Path) -> Path | None:
 
 
 def run_process(command: list[str], directory: Path) -> int:
-    """Runs a stage as its own process group, passing signals on; its exit code, from exit.json under a launcher."""
-    (directory / "exit.json").unlink(missing_ok=True)
-    process = subprocess.Popen(command, start_new_session=True)
+    """Runs a stage as its own process group, passing signals on; its exit code, from exit.json under a launcher.
 
-    def forward(number: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    code = process.wait()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    A stage that was killed had no time to write exit.json: it is written here, with 75, for the same command goes on.
+    """
     file = directory / "exit.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    return told["code"] if code and told else code
+    file.unlink(missing_ok=True)
+    code = run_group(command)
+    if code and file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))["code"]
+    if code < 0:
+        code, killed_by = Interrupted.exit_code, signal.Signals(-code).name
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"code": code, "reason": f"killed by {killed_by}; was there memory enough?"})
+    return code

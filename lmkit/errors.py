@@ -25,7 +25,10 @@ class CorruptInput(Exception):
     exit_code = 5
 
 
-class Interrupted(Exception):
-    """A signal ended the run; running the same command again goes on from the last checkpoint."""
+class Interrupted(BaseException):
+    """A signal ended the run; running the same command again goes on from the last checkpoint.
+
+    Like KeyboardInterrupt it is no Exception: raised in the middle of a library, no `except Exception` may swallow it.
+    """
 
     exit_code = 75

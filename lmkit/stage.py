@@ -10,7 +10,6 @@ and resumable. They are promised for `python recipes/...`; a launcher makes ever
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -18,7 +17,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,11 +25,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lmkit.artifact import MANIFEST, content_id, seal, verify, write_json
+from lmkit.artifact import MANIFEST, content_id, is_out_of_space, remove, seal, verify, write_json
 from lmkit.config import Config, StageConfig, explain, load
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
+from lmkit.processes import check_launcher, die_with_parent, is_main, lost_another, num_asked, run_group
 from lmkit.tracking import printable
 
 CHAIN = ("tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluation")
@@ -45,23 +44,36 @@ KNOBS |= {"dataloader_num_workers", "dataloader_pin_memory"}
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that verifies; a damaged one is renamed `.corrupt-*` with a warning and the next tried."""
-    for checkpoint in sorted(Path(folder).glob("step-*"), reverse=True):
-        try:
-            verify(checkpoint)
-        except CorruptInput as error:
-            print(f"warning: {error} Going back to the checkpoint before it.", file=sys.stderr, flush=True)
-            checkpoint.rename(checkpoint.with_name(f".corrupt-{checkpoint.name}-{time.time_ns()}"))
-        else:
-            return checkpoint
-    return None
+    return next(filter(_is_whole, _newest_first(folder)), None)
 
 
 def rotate(folder: Path, keep: int = 2) -> None:
-    """Deletes all but the newest `keep` checkpoints, each first renamed so that a kill leaves no half of one."""
-    for checkpoint in sorted(Path(folder).glob("step-*"))[:-keep]:
-        trash = checkpoint.with_name(f".trash-{checkpoint.name}")
-        checkpoint.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+    """Deletes checkpoints once `keep` newer ones are whole, each first renamed so that a kill leaves no half of one.
+
+    The newest is taken to be whole, since it was sealed a moment ago; a damaged one among the others does not count.
+    """
+    for checkpoint in _newest_first(folder)[1:]:
+        if keep > 1:
+            keep -= _is_whole(checkpoint)
+        else:
+            trash = checkpoint.with_name(f".trash-{checkpoint.name}")
+            checkpoint.rename(trash)
+            remove(trash)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(Path(folder).glob("step-*"), reverse=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint verifies; one that does not is put out of the way, not deleted."""
+    try:
+        verify(checkpoint)
+    except CorruptInput as error:
+        print(f"warning: {error} Going back to the checkpoint before it.", file=sys.stderr, flush=True)
+        checkpoint.rename(checkpoint.with_name(f".corrupt-{checkpoint.name}-{time.time_ns()}"))
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------ stage
@@ -77,6 +89,8 @@ class Stage:
     def __init__(self, name: str, config: StageConfig):
         self.name, self.config = name, config
         self.directory = Path(config.output_dir)
+        if not str(self.directory).isprintable():
+            raise BadInput(f"output_dir is {str(self.directory)!r}: wanted a path without control characters.")
         self.checkpoints = self.directory / "checkpoints"
         self.inputs = inputs_of(config)
         self._input_ids = {name: content_id(value) for name, value in self.inputs.items()}
@@ -102,7 +116,10 @@ class Stage:
             return False
         for artifact, manifest_id in record["artifacts"].items():
             if verify(self.directory / artifact) != manifest_id:
-                raise CorruptInput(f"{self.directory / artifact} is not the artifact that stage.json records.")
+                raise CorruptInput(
+                    f"{self.directory / artifact} is whole, but not what stage.json records. Redo it with "
+                    f"`python recipes/rlhf.py --redo {self.name}`."
+                )
         self.say(f"{self.name}: finished already, skipped ({self.directory})", log=False)
         return True
 
@@ -118,38 +135,56 @@ class Stage:
 
     def __enter__(self) -> Stage:
         self._started = time.time()
-        if not is_main():
-            return self
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.directory / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise Locked(
-                f"{self.directory} is being written by {self._lock.read().strip()}. Wait for it, or stop it."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
-        for leftover in [*self.directory.glob(".staging-*"), *self.checkpoints.glob(".[str]*-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        write_json(self.directory / "plan.json", self._plan_record())
+        if is_main():
+            self._lock = self._locked()
+            for leftover in [*self.directory.glob(".[srt]*-*"), *self.checkpoints.glob(".[srt]*-*")]:
+                remove(leftover)
+            (self.directory / "exit.json").unlink(missing_ok=True)  # it tells of an earlier ending
+            write_json(self.directory / "plan.json", self._plan_record())
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if is_main():
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
             self._lock.close()
 
+    def _locked(self) -> TextIO:
+        """The stage's lock file, held; the directory is made, and checked for links that would lead writing astray."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in [*self.directory.iterdir(), *self.checkpoints.glob("*")]:
+                if path.is_symlink():
+                    raise BadInput(f"{path} is a link; a stage writes through none. Remove it, or move what it names.")
+            lock = (self.directory / ".lock").open("a+")
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
+            raise BadInput(
+                f"{self.directory} cannot be written ({error.strerror}). Choose another --output_dir."
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise Locked(f"{self.directory} is being written by {holder}. Wait for it, or stop it.") from None
+        if read_record(self.directory) is not None:  # this one started while the other was at work
+            raise Locked(f"{self.directory} was finished by another process just now. Run again, and it is skipped.")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return lock
+
     def _on_signal(self, number: int, frame: object) -> None:
+        name = signal.Signals(number).name
         if self._stop:
+            _write_ending(self.directory, Interrupted.exit_code, f"a second {name} stopped it at once.")
             os._exit(Interrupted.exit_code)
         self._stop = True
         if not self._polled:
-            raise Interrupted(f"{signal.Signals(number).name} received; this stage starts over when run again.")
+            raise Interrupted(f"{name} received; this stage starts over when run again.")
         self.say("stopping after this step and saving; a second signal stops at once")
 
     def stop_requested(self) -> bool:
@@ -167,9 +202,9 @@ class Stage:
                     file.write(text + "\n")
 
     @contextlib.contextmanager
-    def seal(self, artifact: str) -> Iterator[Path]:
-        """A staging folder that becomes the stage's artifact of that name."""
-        with seal(self.directory / artifact) as folder:
+    def seal(self, artifact: str, num_bytes: int = 0) -> Iterator[Path]:
+        """A staging folder that becomes the stage's artifact of that name; num_bytes: about how large it will be."""
+        with seal(self.directory / artifact, num_bytes) as folder:
             yield folder
         self._artifacts[artifact] = json.loads((self.directory / artifact / MANIFEST).read_text())["id"]
 
@@ -186,7 +221,8 @@ class Stage:
             "peak_memory_bytes": peak_memory_bytes(),
             **environment(),
         }
-        write_json(self.directory / "stage.json", record)
+        record = json.loads(json.dumps(record, default=str))  # as it will be read
+        write_json(self.directory / "stage.json", record | {"id": _record_id(record)})
         (self.directory / "plan.json").unlink()
 
     def _plan_record(self) -> dict[str, Any]:
@@ -232,11 +268,20 @@ def made_from(directory: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "id" in record and record["id"] != _record_id(record):
+            raise ValueError
+        return record
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise CorruptInput(f"{path} is not readable JSON. Move it aside to redo the stage.") from None
+    except (ValueError, TypeError):
+        raise CorruptInput(f"{path} is damaged or was edited. Move its folder aside to redo the stage.") from None
+
+
+def _record_id(record: dict[str, Any]) -> str:
+    """sha256 of all but the id itself, as JSON gives it back."""
+    rest = {key: value for key, value in record.items() if key != "id"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
@@ -244,11 +289,6 @@ def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
     return flat
-
-
-def is_main() -> bool:
-    """Whether this process writes: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory_bytes() -> int:
@@ -270,7 +310,7 @@ def environment() -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     torch = sys.modules.get("torch")
     device = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else platform.machine()
-    hardware = {"device": device, "cpus": os.cpu_count(), "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    hardware = {"device": device, "cpus": os.cpu_count(), "processes": num_asked()}
     return {"versions": versions, "git_commit": git.stdout.strip() or None, "hardware": hardware}
 
 
@@ -285,31 +325,51 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         for name, default, description in rows:
             print(f"  --{name:<34} {description} [{default}]")
         sys.exit(0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _before_a_stage)
+    if "RANK" in os.environ:  # a launcher that is killed leaves its processes behind
+        die_with_parent()
     config = None
     try:
+        check_launcher()
         config = load(cls, sys.argv[1:])
         make_upstream(config)
         main(config)
         code, reason = 0, "done"
-    except BadInput as error:
-        code, reason = 2, str(error)
-    except (Locked, Stopped, CorruptInput, Interrupted) as error:
+    except (BadInput, Locked, Stopped, CorruptInput, Interrupted) as error:
         code, reason = error.exit_code, str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        code, reason = Interrupted.exit_code, f"no space left on the disk of {error.filename or config.output_dir}."
     except Exception as error:
-        traceback.print_exc()
-        code, reason = 1, f"{type(error).__name__}: {error}"
+        if is_out_of_space(error):
+            place, detail = getattr(error, "filename", None), getattr(error, "strerror", None) or error
+            code = Interrupted.exit_code
+            reason = f"No space left for {place or config.output_dir} ({detail}). What was saved is whole; free some."
+        elif lost_another(error):
+            code, reason = Interrupted.exit_code, f"another process of this run is gone or silent ({error})."
+        else:
+            traceback.print_exc()
+            code, reason = 1, f"{type(error).__name__}: {error}"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # it ends anyway; what follows takes no time
     if code:
         print(f"\nerror: {reason}" if code != Interrupted.exit_code else f"\n{reason}", file=sys.stderr)
     if code == Interrupted.exit_code:
         print(f"Go on with the same command: python {' '.join(sys.argv)}", file=sys.stderr)
     if isinstance(config, StageConfig) and is_main() and code != Locked.exit_code:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.output_dir / "exit.json", {"code": code, "reason": reason})
+        _write_ending(config.output_dir, code, reason)
     sys.exit(code)
+
+
+def _before_a_stage(number: int, frame: object) -> None:
+    raise Interrupted(f"{signal.Signals(number).name} received before the work began; nothing is lost.")
+
+
+def _write_ending(directory: Path, code: int, reason: str) -> None:
+    """exit.json, for whoever started this process and cannot see its exit code; no reason to fail if it cannot be."""
+    ending = {"code": code, "reason": reason}
+    with contextlib.suppress(OSError, ValueError):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "exit.json").exists() or json.loads((directory / "exit.json").read_text()) != ending:
+            write_json(directory / "exit.json", ending)
 
 
 def make_upstream(config: StageConfig) -> None:
@@ -324,8 +384,8 @@ def make_upstream(config: StageConfig) -> None:
         return
     upstream = max((path.parts[2] for path in missing), key=CHAIN.index)
     command = [sys.executable, str(Path(__file__).resolve().parents[1] / "recipes" / "rlhf.py"), "--to", upstream]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if num_asked() > 1:
         raise BadInput(f"{missing[0]} is missing. Make it first, in one process: {' '.join(command)}")
     print(f"{missing[0]} is missing: making it first with {' '.join(command)}", flush=True)
-    if code := subprocess.run(command, check=False).returncode:
+    if code := run_group(command):
         sys.exit(code)

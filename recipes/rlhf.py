@@ -6,7 +6,6 @@ Run     python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml [--from S
         [--dry-run] [--ppo.train.kl_coef 0.1]
 """
 
-import os
 import shlex
 import sys
 import time
@@ -25,6 +24,7 @@ from lmkit.artifact import require
 from lmkit.chain import CHAIN_SEED, RUN, chained, is_stale, move_aside, relocated, run_process, stage_command
 from lmkit.config import Config, StageConfig, knob, setting, to_yaml
 from lmkit.errors import BadInput
+from lmkit.processes import require_one
 from lmkit.stage import CHAIN, Stage, inputs_of, made_from, run
 
 
@@ -80,8 +80,7 @@ def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
 
 
 def main(config: RLHFConfig) -> Path:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("rlhf.py starts each stage itself: run it with plain python, and name launchers under `launch`.")
+    require_one("rlhf.py, which starts each stage itself with the launcher named under `launch`,")
     began, ran = time.time(), []
     sections = {name: config.section(name) for name in selected(config)}
     for name, section in sections.items():

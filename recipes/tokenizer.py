@@ -18,6 +18,7 @@ from pydantic import AfterValidator, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.errors import BadInput
+from lmkit.processes import require_one
 from lmkit.stage import Stage, run
 from lmkit.tokenization.vocabulary import check_special_tokens, check_vocab_size
 
@@ -52,6 +53,7 @@ class TokenizerConfig(StageConfig):
 
 
 def main(config: TokenizerConfig) -> Path:
+    require_one("tokenizer.py, whose --num_processes encode the corpus,")
     stage = Stage("tokenizer", config)
     if stage.finished:
         return stage.directory

@@ -185,7 +185,7 @@ def recipe(tmp_path):
         ("input", 2, "error: data.txt is empty"),
         ("guard", 4, "error: the loss is not finite"),
         ("bug", 1, "ZeroDivisionError"),
-        ("full", 75, "no space left on the disk of out/model"),
+        ("full", 75, "No space left for out/model"),
     ],
 )
 def test_exit_codes_and_exit_json(recipe, tmp_path, what, code, said):

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
+from lmkit.model_files import check_model_files
 from lmkit.generation.sampler import draw, reserved_cache
 from lmkit.tokenization.chat import encode_text, render, stop_token_ids
 from lmkit.tracking import printable
@@ -51,6 +52,7 @@ def load_voice(name: str, path: Path) -> Voice:
     """The model and tokenizer of a folder, on the GPU when there is one; BadInput when it is not a language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    check_model_files(path)
     kinds = AutoConfig.from_pretrained(path, local_files_only=True).architectures or []
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise BadInput(f"{path} holds {', '.join(kinds) or 'a model of no stated kind'}, which does not write text.")

@@ -1,6 +1,5 @@
 """Loading a model directory with its tokenizer: from the disk only, in float32, after checking that the two fit."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import (
 )
 
 from lmkit.errors import BadInput
+from lmkit.model_files import check_model_files
 
 Device = str | torch.device
 
@@ -51,8 +51,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise BadInput(
             f"{path} is not a model directory: it has no config.json. Pass the folder save_pretrained wrote."
         )
-    if "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8")):
-        raise BadInput(f"{path / 'config.json'} asks to run code of its own (auto_map), which lmkit does not do.")
+    check_model_files(path)
     if not (path / "tokenizer_config.json").is_file():
         raise BadInput(f"{path} has no tokenizer. Save it there with tokenizer.save_pretrained.")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
