@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,12 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
     return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Sets what `model_tensors` returned, in every process, whatever way the model is distributed."""
-    set_model_state_dict(model, dict(tensors), options=_FULL)
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Sets what `model_tensors` returned, in every process, whatever way the model is distributed.
+
+    strict: every tensor of the model has to be given; otherwise those that are not keep their values.
+    """
+    set_model_state_dict(model, dict(tensors), options=replace(_FULL, strict=strict))
 
 
 def load_optimizers(
