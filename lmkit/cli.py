@@ -5,12 +5,13 @@ Imports stay light, so that `lmkit --help` and `lmkit status` answer at once; a 
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,6 +101,24 @@ def chat(
 
         voices = [load_voice(name, path) for name, path in found.items()]
         talk(Chat(voices, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a model directory, or a run (its latest model)")],
+    gguf: Annotated[Path, typer.Option(help="the file to write, for llama.cpp and what is built on it")],
+    dtype: Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(help="of its matrices; f32 is exact")] = "f32",
+) -> None:
+    """Write a model and its tokenizer as one GGUF file."""
+    with exit_codes():
+        (found,) = find_models(model, []).values()
+        if importlib.util.find_spec("gguf") is None:
+            raise BadInput("GGUF files are written by the package gguf, which is not installed: pip install -e .[gguf]")
+        from lmkit.models.gguf_file import write_gguf
+
+        for note in write_gguf(found, gguf, dtype):
+            print(f"note: {note}")
+        print(f"{gguf} written: {found} with {dtype} matrices, {human_size(gguf)}")
 
 
 @tokenizer.command()
@@ -197,8 +216,9 @@ def lock_holder(directory: Path) -> str:
     return ""
 
 
-def human_size(folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def human_size(path: Path) -> str:
+    """Size of a file, or of all files of a folder."""
+    size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
         if size >= 1000**power:
             return f"{size / 1000**power:.1f} {unit}"
