@@ -13,37 +13,68 @@ from transformers import PreTrainedModel
 
 from lmkit.errors import BadInput
 from lmkit.models.heads import ValueHead, token_scores
+from lmkit.rl.lora import acting
 
 
 class ActorCritic(nn.Module):
-    """A causal language model with a critic: a value head on its backbone, or a sequence-classification model."""
+    """A causal language model with a critic: a value head on its backbone, or a sequence-classification model.
 
-    def __init__(self, policy: PreTrainedModel, critic: ValueHead | PreTrainedModel):
+    critic: None where no values are wanted; they are 0 then.
+    value_adapter: name of the LoRA adapter of the policy's backbone that acts under the value head; None: the policy's.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        critic: ValueHead | PreTrainedModel | None = None,
+        value_adapter: str | None = None,
+    ):
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.value_adapter = policy, critic, value_adapter
 
     def forward(
-        self, input_ids: Tensor, before: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+        self,
+        input_ids: Tensor,
+        before: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        with_values: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probability, value before and entropy at each target token: float32 [N] each, row after row.
 
         input_ids: [B, T]. before: bool [B, T], True at the N positions whose next token is a target. targets: [N].
         """
-        hidden = self.policy.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[before]
+        hidden = _hidden(self.policy, input_ids, before)
         logprobs, entropies = _logprobs(self.policy, hidden, targets, temperature, with_entropy)
-        if isinstance(self.critic, ValueHead):
+        if self.critic is None or not with_values:
+            values = torch.zeros_like(logprobs)
+        elif isinstance(self.critic, ValueHead):
+            if self.value_adapter is not None:
+                with acting(self.policy, self.value_adapter):
+                    hidden = _hidden(self.policy, input_ids, before)
             values = self.critic(hidden)
         else:
             values = token_scores(self.critic, input_ids)[before]
         return logprobs, values, entropies
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """The trainable parameters of the policy, and if there is a critic those that are its alone."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        own = [name.startswith("critic.") or f".{self.value_adapter}." in name for name, _ in named]
+        groups = [[p for (_, p), critics in zip(named, own) if critics == flag] for flag in (False, True)]
+        return groups if self.critic is not None else groups[:1]
 
 
 def target_logprobs(
     policy: PreTrainedModel, input_ids: Tensor, before: Tensor, targets: Tensor, temperature: float
 ) -> Tensor:
     """The log-probabilities of `ActorCritic.forward` for a model without a critic: the reference. float32 [N]."""
-    hidden = policy.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[before]
-    return _logprobs(policy, hidden, targets, temperature, with_entropy=False)[0]
+    return _logprobs(policy, _hidden(policy, input_ids, before), targets, temperature, with_entropy=False)[0]
+
+
+def _hidden(policy, input_ids, before):
+    return policy.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[before]
 
 
 def _logprobs(policy, hidden, targets, temperature, with_entropy):

@@ -33,16 +33,33 @@ class PPOConfig(Config):
     max_grad_norm: float = setting(1.0, "gradients of policy and critic are each scaled down to this norm", gt=0)
     bf16: bool | None = setting(None, "matrix products in bfloat16, weights in float32; empty: where it is faster")
 
+    gradient_checkpointing: bool = setting(False, "compute activations again in the backward: less memory, slower")
+
     max_new_tokens: int = setting(53, "longest completion in tokens, the stop token included", gt=0)
+    long_prompts: Literal["refuse", "truncate", "drop"] = setting(
+        "refuse", "prompts that leave no room for max_new_tokens: an error, cut at their start, or left out"
+    )
     temperature: float = setting(0.7, "of sampling, and of every log-probability", gt=0)
     missing_eos_penalty: float = setting(1.0, "taken from the score of a completion without a stop token", ge=0)
+    truncation: Literal["terminal", "bootstrap", "mask"] = setting(
+        "terminal", "a completion without a stop token ends there, goes on with the critic's value, or teaches nothing"
+    )
 
     kl_coef: float = setting(0.05, "price of a nat of KL from the reference", ge=0)
-    kl_target: float | None = setting(
+    kl_placement: Literal["reward", "loss"] = setting("reward", "where the KL is priced")
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "of the priced KL: k1 in the reward, k2 or k3 in the loss")
+    adaptive_kl_target: float | None = setting(
         None, "nats per completion that an adaptive kl_coef steers to; empty: fixed", gt=0
     )
-    kl_horizon: int = setting(10_000, "episodes over which the adaptive kl_coef adjusts", gt=0)
+    adaptive_kl_horizon: int = setting(10_000, "episodes over which the adaptive kl_coef adjusts", gt=0)
+    ref_model_mixup_alpha: float = setting(
+        0.0, "share of the way that the reference moves to the policy after each iteration", ge=0, le=1
+    )
 
+    advantage_estimator: Literal["gae", "rloo"] = setting(
+        "gae", "by a critic, or REINFORCE with the prompt's other completions as baseline and no critic"
+    )
+    num_generations: int | None = setting(None, "completions drawn for each prompt; empty: 1, with rloo 4", gt=0)
     critic: Literal["shared", "separate"] = setting(
         "shared", "value head on the policy's backbone, or a model of its own"
     )
@@ -52,7 +69,14 @@ class PPOConfig(Config):
     dual_clip: float | None = setting(
         None, "bound of the loss of a negative advantage, in advantages; empty: none", gt=1
     )
+    target_kl: float | None = setting(
+        None, "an iteration's updates end once the KL of a mini-batch from the rollout is over 1.5 x this", gt=0
+    )
+    importance_sampling_cap: float | None = setting(
+        None, "weigh tokens by policy over sampler, at most this, where the two differ; empty: no weights", gt=0
+    )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0)
+    ptx_coef: float = setting(0.0, "weight of the language modelling loss on ptx_dataset (PPO-ptx)", ge=0)
     gamma: float = setting(1.0, "discount", gt=0, le=1)
     lam: float = setting(0.95, "lambda of generalised advantage estimation", ge=0, le=1)
     whiten_rewards: bool = setting(False, "scale the rewards of a rollout to variance 1")
@@ -72,10 +96,57 @@ class PPOConfig(Config):
         """Rollouts until `total_episodes` are reached."""
         return math.ceil(self.total_episodes / self.rollout_batch_size)
 
+    @property
+    def completions_per_prompt(self) -> int:
+        """`num_generations`, or what it is when empty."""
+        return self.num_generations or (4 if self.advantage_estimator == "rloo" else 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> PPOConfig:
-        if self.num_mini_batches > self.rollout_batch_size:
-            raise ValueError(
-                f"num_mini_batches {self.num_mini_batches} is more than rollout_batch_size {self.rollout_batch_size}"
-            )
+        rloo, group = self.advantage_estimator == "rloo", self.completions_per_prompt
+        conflicts = [
+            (
+                self.num_mini_batches > self.rollout_batch_size,
+                f"num_mini_batches {self.num_mini_batches} is more than rollout_batch_size {self.rollout_batch_size}",
+            ),
+            (
+                self.rollout_batch_size % group,
+                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of the {group} completions of each "
+                "prompt (num_generations)",
+            ),
+            (
+                self.kl_placement == "loss" and self.kl_estimator == "k1",
+                "kl_placement loss and kl_estimator k1: k1 has no gradient there; use k2 (or k3), or kl_placement "
+                "reward",
+            ),
+            (
+                self.kl_placement == "reward" and self.kl_estimator != "k1",
+                f"kl_placement reward and kl_estimator {self.kl_estimator}: there k2 has another optimum than the KL "
+                "and k3 none; use k1, or kl_placement loss",
+            ),
+            (
+                self.truncation != "terminal" and self.missing_eos_penalty,
+                f"truncation {self.truncation} and missing_eos_penalty {self.missing_eos_penalty}: a completion cut "
+                "off has no score then to take a penalty from; set missing_eos_penalty 0, or truncation terminal",
+            ),
+            (
+                rloo and group < 2,
+                "advantage_estimator rloo and num_generations 1: it compares completions of a prompt; use 2 or more",
+            ),
+            (
+                rloo and self.critic == "separate",
+                "advantage_estimator rloo and critic separate: rloo has no critic; leave one of them out",
+            ),
+            (
+                rloo and self.truncation == "bootstrap",
+                "advantage_estimator rloo and truncation bootstrap: rloo has no critic to take the value from; use "
+                "truncation terminal or mask",
+            ),
+            (
+                rloo and self.whiten_rewards,
+                "advantage_estimator rloo and whiten_rewards: rloo has one reward a completion; leave one of them out",
+            ),
+        ]
+        if found := [text for holds, text in conflicts if holds]:
+            raise ValueError("\n".join(found))
         return self

@@ -41,3 +41,15 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
     """
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
+
+
+def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
+    """Probability of each token under the policy that is scored over that under the sampler, at most `cap`.
+
+    It corrects for an engine whose numbers differ from the trainer's (truncated importance sampling; Espeholt et al.,
+    arXiv:1802.01561).
+
+    >>> importance_weights(torch.log(torch.tensor([0.5, 0.9])), torch.log(torch.tensor([0.4, 0.1])), cap=2.0)
+    tensor([1.2500, 2.0000])
+    """
+    return log_ratio(old_logprobs, sampled_logprobs).exp().clamp(max=cap)

@@ -1,13 +1,25 @@
 """What a rollout says about the run: KL, scores, lengths, entropy, critic; and warnings that name the likely cause."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import kl_per_token
 from lmkit.rl.rollout import Rollout, completion_ids
 
 NGRAM = 4
+NUM_SAMPLES = 4  # completions kept in samples.jsonl at each evaluation
+EVALUATED = {
+    "eval/score": "objective/scores",
+    "eval/kl": "objective/kl",
+    "eval/completion_length": "rollout/completion_length_mean",
+    "eval/eos_rate": "rollout/eos_rate",
+    "eval/entropy": "policy/entropy_avg",
+}
 RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
 
 
@@ -68,9 +80,35 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
     }
 
 
-def explained_variance(rollout: Rollout, returns: torch.Tensor, accelerator: Accelerator) -> dict[str, float]:
-    """val/explained_var: 1 - variance of (returns - values) / variance of returns, over all counted tokens."""
-    mask = rollout.mask
+def evaluation_metrics(
+    metrics: Mapping[str, float], scores: Sequence[float], ref_scores: Sequence[float]
+) -> dict[str, float]:
+    """Those of `rollout_metrics` under eval/ names, and how the scores stand against the reference's on the same rows.
+
+    eval/win_rate_vs_ref is the share of rows with the better score, a tie half.
+    """
+    wins = [(own > other) + (own == other) / 2 for own, other in zip(scores, ref_scores)]
+    gain = sum(scores) - sum(ref_scores)
+    against = {"eval/win_rate_vs_ref": sum(wins) / len(wins), "eval/score_gain": gain / len(wins)}
+    return {name: metrics[source] for name, source in EVALUATED.items()} | against
+
+
+def sample_table(
+    rollout: Rollout, rows: Dataset, index: Sequence[int], decode: Callable[[list[list[int]]], list[str]]
+) -> list[dict[str, Any]]:
+    """The first rows of a rollout for a person to read; kl is summed over the completion, in nats."""
+    few = rollout.rows(torch.arange(min(NUM_SAMPLES, len(index))))
+    kls = (few.logprobs - few.ref_logprobs).sum(1).tolist()
+    prompts = rows.select(index[: len(kls)])["prompt"]
+    columns = (prompts, decode(completion_ids(few)), few.scores.tolist(), kls, few.finish_reasons)
+    names = ("prompt", "completion", "score", "kl", "finish_reason")
+    return [dict(zip(names, values)) for values in zip(*columns)]
+
+
+def explained_variance(
+    rollout: Rollout, returns: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator
+) -> dict[str, float]:
+    """val/explained_var: 1 - variance of (returns - values) / variance of returns, over the tokens that count."""
     wanted, error = returns[mask].double(), (returns - rollout.values)[mask].double()
     sums = {"n": len(wanted), "x": wanted.sum(), "xx": (wanted**2).sum(), "e": error.sum(), "ee": (error**2).sum()}
     total = _reduced(sums, accelerator)
@@ -107,6 +145,26 @@ def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, s
         found["step"] = (
             f"a token's probability moved {metrics['val/ratio_max']:.0f}-fold in one iteration: lower learning_rate or "
             "num_ppo_epochs"
+        )
+    if metrics["policy/clipfrac_avg"] > 0.5:
+        found["clip"] = (
+            f"{metrics['policy/clipfrac_avg']:.0%} of the tokens have ratios outside the clip and no gradient: lower "
+            "learning_rate or num_ppo_epochs"
+        )
+    if metrics["objective/scores_std"] == 0:
+        found["reward"] = (
+            f"all completions have the score {metrics['objective/scores']:.3g}: there is nothing to learn from this "
+            "reward (is it constant, or does it read something that no completion has?)"
+        )
+    if metrics["rollout/unique_frac"] < 0.5:
+        found["same"] = (
+            f"only {metrics['rollout/unique_frac']:.0%} of the completions are different: the policy has collapsed; "
+            "raise kl_coef, entropy_coef or temperature"
+        )
+    if metrics.get("val/explained_var", 0.0) < -1:
+        found["critic"] = (
+            f"the critic explains {metrics['val/explained_var']:.2f} of the returns' variance, worse than no critic: "
+            "raise vf_coef or value_learning_rate, or set lam nearer to 1"
         )
     if metrics["rollout/truncated_rate"] > 0.5:
         found["truncated"] = (

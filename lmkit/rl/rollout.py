@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lmkit.generation.sampler import Completions
 
@@ -24,6 +25,7 @@ class Rollout:
     completion_ids: int64 [B, C]; completion_lengths: int64 [B], the stop token included.
     sampled_logprobs: [B, C], as the sampler saw them. logprobs: [B, C], recomputed by the function that trains.
     ref_logprobs: [B, C], of the reference. values: [B, C], V before each token. entropies: [B, C], of the policy there.
+    final_values: [B], V after the last token where the critic is asked for it, else 0.
     scores: [B], by the reward, nothing added. finish_reasons: "stop" or "length" of each row.
     Floats are float32 and 0 at padding.
     """
@@ -37,6 +39,7 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor
     entropies: Tensor
+    final_values: Tensor
     scores: Tensor
     finish_reasons: list[str]
 
@@ -106,9 +109,26 @@ def unscored(prompts: list[list[int]], completions: Completions) -> Rollout:
         ref_logprobs=nothing,
         values=nothing,
         entropies=nothing,
+        final_values=torch.zeros(len(prompts)),
         scores=torch.zeros(len(prompts)),
         finish_reasons=completions.finish_reasons,
     )
+
+
+@torch.no_grad()
+def values_after(rollout: Rollout, forward: Forward, batch_size: int) -> Tensor:
+    """V after the last token of rows that were cut off, 0 for those that ended: float32 [B]; `forward` of `collect`."""
+    # With one more token, whatever it is, that value is the one before it.
+    longer = replace(
+        rollout, completion_ids=pad(rollout.completion_ids, (0, 1)), completion_lengths=rollout.completion_lengths + 1
+    )
+    found = torch.zeros(len(rollout.scores))
+    cut = (~rollout.stopped).nonzero().squeeze(1)
+    for index in cut.split(batch_size):
+        part = longer.rows(index)
+        values = part.per_token(forward(*part.model_inputs())[1].cpu())
+        found[index] = values.gather(1, part.completion_lengths[:, None] - 1).squeeze(1)
+    return found
 
 
 @torch.no_grad()

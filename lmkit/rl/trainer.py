@@ -1,18 +1,19 @@
 """PPO on the plain Hugging Face stack: rollout -> score -> advantages -> epochs x mini-batches x micro-batches.
 
     trainer = PPOTrainer(model, reward="runs/tiny/reward/model", args=PPOConfig(...), train_dataset=rows,
-                         processing_class=tokenizer, output_dir=Path("runs/mine/ppo"))
+                         processing_class=tokenizer, output_dir="runs/mine/ppo")
     trainer.train()
-    trainer.save_model(folder)
+    trainer.save_model()
 
 Everything random is derived from the seed, the iteration and the purpose (prompts, sampling, shuffling), so a
 checkpoint needs no generator's state, and a resumed run takes the same bits as one never stopped (CPU).
 """
 
-import copy
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +21,52 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.data.order import shuffled
 from lmkit.errors import BadInput, Interrupted, Stopped
-from lmkit.generation.sampler import sample
-from lmkit.models.heads import ValueHead, classifier_from, value_model_from
-from lmkit.rl.actor_critic import ActorCritic, check_policy, disable_dropout, target_logprobs
+from lmkit.generation.sampler import Completions, sample
+from lmkit.models.load import load_language_model
+from lmkit.rl import state
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import adapted_kl_coef
-from lmkit.rl.metrics import explained_variance, guard, rollout_metrics, warnings
-from lmkit.rl.rewards import Batch, make_reward
-from lmkit.rl.rollout import Rollout, collect, completion_ids
-from lmkit.rl.update import advantages_and_returns, make_optimizer, update
+from lmkit.rl.lora import acting
+from lmkit.rl.metrics import evaluation_metrics, explained_variance, guard, rollout_metrics, sample_table, warnings
+from lmkit.rl.prompts import Prompts, encode_prompts
+from lmkit.rl.ptx import Demonstrations, Text
+from lmkit.rl.rewards import Batch
+from lmkit.rl.roles import make_roles
+from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
+from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, update
 from lmkit.stage import latest_checkpoint, rotate
-from lmkit.tokenization.chat import render, stop_token_ids
+from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint
 from lmkit.training.loop import make_accelerator
 from lmkit.training.optimizers import schedule
 
-NUM_SAMPLES = 4  # completions kept in samples.jsonl at each evaluation
-STATE = ("iteration", "kl_coef", "metrics", "samples")  # what a checkpoint holds besides tensors
-EVALUATED = {
-    "eval/score": "objective/scores",
-    "eval/kl": "objective/kl",
-    "eval/completion_length": "rollout/completion_length_mean",
-    "eval/eos_rate": "rollout/eos_rate",
-    "eval/entropy": "policy/entropy_avg",
-}
+# What a checkpoint holds besides tensors.
+STATE = ("iteration", "kl_coef", "metrics", "samples", "ref_scores")
 
 
 class PPOTrainer:
     """Trains `model` in place against a reward, held near a reference by a KL penalty.
 
-    model: a causal language model; its dropout is set to 0.
+    model: a causal language model, or its directory; its dropout is set to 0.
     reward: a reward model, its directory, "module:function" or a function (prompts, completions, **columns) -> numbers.
+    args: options of the algorithm.
     train_dataset, eval_dataset: rows with `prompt`, a text or a conversation; other columns reach the reward function.
-    processing_class: the tokenizer.
+    processing_class: the tokenizer; that of the model's directory when not given.
     ref_model: what the KL is measured from; a frozen copy of `model` when not given.
     value_model: the critic where args.critic is "separate"; a copy of the reward model when not given.
-    output_dir: metrics.jsonl, samples.jsonl and checkpoints/ are written there.
+    peft_config: a peft.LoraConfig. `model` is frozen then and serves the policy, the reference and the critic (and the
+        reward, where that is a directory with a LoRA adapter of the same model), with adapters of their own or none.
+    ptx_dataset: text for args.ptx_coef: rows as `encode_demonstrations` makes them, or `Blocks` of token shards.
+    output_dir: metrics.jsonl, samples.jsonl, checkpoints/ and what is saved without a name are written there.
     evaluation: (rows, completions as texts) -> metrics, added to those of `evaluate`; rows are dicts of eval_dataset.
+    seed: of every random choice. report_to: Accelerate's trackers, beside metrics.jsonl.
     stop_requested: asked after each iteration; once True a checkpoint is saved and Interrupted raised.
     say: takes lines meant for the user.
 
@@ -70,85 +75,69 @@ class PPOTrainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        *,
+        model: PreTrainedModel | str | Path,
         reward: Any,
-        args: PPOConfig,
-        train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-        output_dir: Path,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         value_model: PreTrainedModel | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        ptx_dataset: Dataset | Text | None = None,
+        output_dir: str | Path = "trainer_output",
         evaluation: Callable[[list[dict], list[str]], Mapping[str, float]] | None = None,
         seed: int = 0,
         report_to: Sequence[str] = (),
         stop_requested: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
     ):
-        self.args, self.tokenizer, self.seed, self.output_dir = args, processing_class, seed, Path(output_dir)
+        if isinstance(model, str | Path):
+            model, found = load_language_model(Path(model))
+            processing_class = processing_class or found
+        if processing_class is None or train_dataset is None:
+            missing = "train_dataset" if processing_class is not None else "processing_class"
+            raise BadInput(f"PPOTrainer needs a {missing}; pass {missing}=... .")
+        self.args = args = args or PPOConfig()
+        self.tokenizer, self.seed, self.output_dir = processing_class, seed, Path(output_dir)
         self.evaluation, self.report_to = evaluation, report_to
         self.accelerator = make_accelerator(args.bf16, model.config.get_text_config().hidden_size)
         self.stop_requested, self.say = stop_requested, say if self.accelerator.is_main_process else lambda text: None
-        device = self.accelerator.device
-        share, rest = divmod(args.rollout_batch_size, self.accelerator.num_processes)
-        if rest or share < args.num_mini_batches:
-            raise BadInput(
-                f"rollout_batch_size {args.rollout_batch_size} does not divide among {self.accelerator.num_processes} "
-                f"processes and {args.num_mini_batches} mini-batches; make it a multiple of the processes, at least "
-                "num_mini_batches in each."
-            )
-        check_policy(model, "the policy")
-        self.reference = (
-            (copy.deepcopy(model) if ref_model is None else ref_model).requires_grad_(False).eval().to(device)
-        )
-        check_policy(self.reference, "the reference")
-        self.actor_critic = ActorCritic(model, self._critic(model, reward, value_model))
-        disable_dropout(self.actor_critic)
+        self._check_shares()
+        models = {"ref_model": ref_model, "value_model": value_model, "peft_config": peft_config}
+        self.roles = make_roles(model, reward, args, processing_class, **models, device=self.accelerator.device)
+        self.actor_critic = self.roles.actor_critic
         self.model = self.accelerator.prepare_model(self.actor_critic)
         self.optimizer = make_optimizer(self.actor_critic, args)
-        self.reward = make_reward(reward, processing_class, batch_size=args.generation_batch_size, device=device)
         self.stop_token_ids = stop_token_ids(processing_class)
-        self.train_rows, self.train_prompts = self._prepare(train_dataset, "train_dataset")
-        self.eval_rows, self.eval_prompts = self._prepare(eval_dataset, "eval_dataset") if eval_dataset else ([], [])
+        positions = getattr(model.config, "max_position_embeddings", None)
+        given = (processing_class, positions, args, self.say)
+        self.train_prompts = encode_prompts(train_dataset, "train_dataset", *given)
+        self.eval_prompts = encode_prompts(eval_dataset, "eval_dataset", *given) if eval_dataset else None
+        self.ptx = self._ptx(ptx_dataset)
         self.iteration, self.kl_coef = 0, args.kl_coef
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
+        self.ref_scores: list[float] = []  # of the reference at the start, on the evaluation prompts
 
-    def _critic(self, model, reward, value_model):
-        if self.args.critic == "shared":
-            if value_model is not None:
-                raise BadInput("value_model is given and critic is shared; set critic to separate, or leave it out.")
-            return ValueHead(model.config.get_text_config().hidden_size).to(model.device)
-        if value_model is not None:
-            return value_model.requires_grad_(True)
-        if isinstance(reward, str | Path) and Path(reward).is_dir():
-            from lmkit.models.load import load_reward_model
-
-            return load_reward_model(Path(reward))[0]
-        if isinstance(reward, PreTrainedModel):
-            return value_model_from(reward)
-        raise BadInput(
-            "critic is separate, but the reward is no model to start it from; pass value_model or use shared."
-        )
-
-    def _prepare(self, dataset, name) -> tuple[Dataset, list[list[int]]]:
-        if "prompt" not in dataset.column_names or not len(dataset):
+    def _check_shares(self):
+        args, num_processes = self.args, self.accelerator.num_processes
+        share, rest = divmod(args.rollout_batch_size, num_processes)
+        if rest or share < args.num_mini_batches or share % args.completions_per_prompt:
             raise BadInput(
-                f"{name} has {len(dataset)} rows of {dataset.column_names}; wanted rows with a column prompt."
+                f"rollout_batch_size {args.rollout_batch_size} does not divide among {num_processes} processes, "
+                f"{args.num_mini_batches} mini-batches and {args.completions_per_prompt} completions of each prompt; "
+                "make each process's share a multiple of the completions of a prompt, and at least num_mini_batches."
             )
-        prompts = [render(self.tokenizer, prompt)[0] for prompt in dataset["prompt"]]
-        room = getattr(self.actor_critic.policy.config, "max_position_embeddings", None) or float("inf")
-        long = [row for row, ids in enumerate(prompts) if len(ids) + self.args.max_new_tokens > room]
-        if long:
-            raise BadInput(
-                f"{name}: {len(long)} of {len(prompts)} prompts leave no room for max_new_tokens "
-                f"{self.args.max_new_tokens} in the model's {room} positions; the first is row {long[0]} with "
-                f"{len(prompts[long[0]])} tokens. Remove or shorten them, or lower max_new_tokens."
-            )
-        return dataset, prompts
 
-    def train(self, resume_from_checkpoint: bool | Path | None = None) -> dict[str, float]:
+    def _ptx(self, ptx_dataset):
+        if (ptx_dataset is None) != (self.args.ptx_coef == 0):
+            missing = "no ptx_dataset is given" if ptx_dataset is None else "a ptx_dataset is given"
+            raise BadInput(f"ptx_coef is {self.args.ptx_coef} and {missing}; give both of them, or neither.")
+        return Demonstrations(ptx_dataset) if isinstance(ptx_dataset, Dataset) else ptx_dataset
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, float]:
         """Runs all iterations that are left; the last row of metrics.
 
         resume_from_checkpoint: True for the newest checkpoint of output_dir that verifies, if there is one; or a path.
@@ -185,9 +174,9 @@ class PPOTrainer:
         """One iteration: rollout, advantages, updates. Returns its metrics and the number of tokens drawn."""
         args, accelerator, started = self.args, self.accelerator, time.perf_counter()
         index = self._rows_of_iteration()
-        rollout, seconds = self.collect(self.train_rows, self.train_prompts, index, "sampling")
+        rollout, seconds = self.collect(self.train_prompts, index, "sampling")
         metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef, accelerator)
-        self.samples = self._table(rollout, self.train_rows, index)
+        self.samples = sample_table(rollout, self.train_prompts.rows, index, self.decode)
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
         all_reduce = lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()  # noqa: E731
@@ -202,53 +191,81 @@ class PPOTrainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 config=args,
+                kl_coef=self.kl_coef,
                 rates=[self._rate(self.iteration * steps + step) for step in range(steps)],
                 accelerator=accelerator,
                 generator=self._generator("shuffle"),
+                ptx=self._ptx_batch if self.ptx is not None else None,
             )
         except Stopped as error:
             raise Stopped(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from None
         seconds["train"] = time.perf_counter() - before_updates
-        if args.kl_target is not None:
-            rule = {"target": args.kl_target, "num_episodes": args.rollout_batch_size, "horizon": args.kl_horizon}
-            self.kl_coef = adapted_kl_coef(self.kl_coef, metrics["objective/kl"], **rule)
+        if args.adaptive_kl_target is not None:
+            rule = {"num_episodes": args.rollout_batch_size, "horizon": args.adaptive_kl_horizon}
+            kl = metrics["objective/kl"]
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=args.adaptive_kl_target, **rule)
+        if args.ref_model_mixup_alpha:
+            self.roles.move_reference(args.ref_model_mixup_alpha)
         self.iteration += 1
-        metrics |= learnt | explained_variance(rollout, returns, accelerator)
+        metrics |= learnt
+        if args.advantage_estimator == "gae":
+            metrics |= explained_variance(rollout, returns, counted_tokens(rollout, args), accelerator)
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         num_tokens = round(metrics["rollout/completion_length_mean"] * args.rollout_batch_size)
         metrics["perf/episodes_per_second"] = args.rollout_batch_size / (time.perf_counter() - started)
         metrics["episode"] = self.iteration * args.rollout_batch_size
         return metrics, num_tokens
 
-    def collect(
-        self, rows: Dataset, prompts: list[list[int]], index: Sequence[int], purpose: str
-    ) -> tuple[Rollout, dict[str, float]]:
-        """A scored rollout of this process's prompts, and the seconds its parts took; `purpose` seeds the sampling."""
+    def collect(self, prompts: Prompts, index: Sequence[int], purpose: str) -> tuple[Rollout, dict[str, float]]:
+        """A scored rollout of this process's rows, and the seconds its parts took; `purpose` seeds the sampling."""
         args, device = self.args, self.accelerator.device
 
-        def draw(chosen):
-            options = {"max_new_tokens": args.max_new_tokens, "stop_token_ids": self.stop_token_ids}
-            options |= {"temperature": args.temperature, "batch_size": args.generation_batch_size}
-            with self.accelerator.autocast():
-                return sample(self.actor_critic.policy, chosen, **options, generator=self._generator(purpose))
-
         def forward(*inputs):
-            return self.model(*(tensor.to(device) for tensor in inputs), args.temperature, True)
+            # Not the prepared model: in evaluation the processes may make different numbers of forwards.
+            return self.actor_critic(*(tensor.to(device) for tensor in inputs), args.temperature, True)
 
         def ref_forward(*inputs):
+            inputs = (tensor.to(device) for tensor in inputs)
             with self.accelerator.autocast():
-                return (target_logprobs(self.reference, *(tensor.to(device) for tensor in inputs), args.temperature),)
-
-        def score(completions):
-            chosen = rows[list(index)]
-            asked, texts = chosen.pop("prompt"), self.decode(completions)
-            spoken = [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for p, t in zip(asked, texts)]
-            ids = [prompts[row] + completion for row, completion in zip(index, completions)]
-            return self.reward(Batch(asked, spoken, ids, chosen))
+                return (self.roles.ref_logprobs(*inputs, temperature=args.temperature),)
 
         self.model.eval()
-        chosen = [prompts[row] for row in index]
-        return collect(chosen, draw, forward, ref_forward, score, args.per_device_train_batch_size)
+        rollout, seconds = collect(
+            [prompts.ids[row] for row in index],
+            lambda chosen: self.draw(chosen, purpose),
+            forward,
+            ref_forward,
+            lambda completions: self.score(prompts, index, completions),
+            args.per_device_train_batch_size,
+        )
+        if args.truncation == "bootstrap":
+            rollout = replace(rollout, final_values=values_after(rollout, forward, args.per_device_train_batch_size))
+        return rollout, seconds
+
+    def draw(self, prompts: list[list[int]], purpose: str, model: PreTrainedModel | None = None) -> Completions:
+        """A completion of the policy (or `model`) for each prompt of ids; `purpose` seeds the sampling."""
+        with self.accelerator.autocast():
+            return sample(
+                self.actor_critic.policy if model is None else model,
+                prompts,
+                max_new_tokens=self.args.max_new_tokens,
+                stop_token_ids=self.stop_token_ids,
+                temperature=self.args.temperature,
+                generator=self._generator(purpose),
+                batch_size=self.args.generation_batch_size,
+            )
+
+    def score(self, prompts: Prompts, index: Sequence[int], completions: list[list[int]]) -> Tensor:
+        """The reward's score of each completion (ids) of the rows in `index`: float32 [B]."""
+        chosen = prompts.rows.select(index)
+        asked, texts = chosen["prompt"], self.decode(completions)
+        spoken = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(asked, texts)
+        ]
+        columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
+        ids = [prompts.ids[row] + completion for row, completion in zip(index, completions)]
+        return self.roles.reward(Batch(asked, spoken, ids, columns))
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
         """Completions as texts, without the stop token."""
@@ -258,53 +275,71 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and ending of one completion for each row of eval_dataset, and what `evaluation` adds.
 
-        Every evaluation draws with the same seed, so that two of them differ by the policy alone.
+        Every evaluation draws with the same seed, so that two of them differ by the policy alone; the reference's
+        completions, against which win_rate_vs_ref is counted, are drawn with it too.
         """
         if not self.eval_prompts:
             raise BadInput("there is no eval_dataset to evaluate on; pass one to PPOTrainer.")
-        accelerator = self.accelerator
-        index = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
-        rollout, _ = self.collect(self.eval_rows, self.eval_prompts, index, "evaluation")
-        self.samples = self._table(rollout, self.eval_rows, index)
+        accelerator, prompts = self.accelerator, self.eval_prompts
+        index = range(accelerator.process_index, len(prompts.ids), accelerator.num_processes)
+        if not self.ref_scores:
+            self.ref_scores = self._gathered(zip(index, self._reference_scores(prompts, index).tolist()))
+        rollout, _ = self.collect(prompts, index, "evaluation")
+        self.samples = sample_table(rollout, prompts.rows, index, self.decode)
         found = rollout_metrics(rollout, self.args.missing_eos_penalty, self.kl_coef, accelerator)
-        metrics = {name: found[source] for name, source in EVALUATED.items()}
+        scores = self._gathered(zip(index, rollout.scores.tolist()))
+        metrics = evaluation_metrics(found, scores, self.ref_scores)
         if self.evaluation is not None:
-            pairs = list(zip(index, self.decode(completion_ids(rollout))))
-            pairs = gather_object(pairs) if accelerator.num_processes > 1 else pairs
-            own = self.evaluation([self.eval_rows[row] for row, _ in pairs], [text for _, text in pairs])
-            metrics |= {f"eval/{name}": value for name, value in own.items()}
+            texts = self._gathered(zip(index, self.decode(completion_ids(rollout))))
+            metrics |= {f"eval/{name}": value for name, value in self.evaluation([*prompts.rows], texts).items()}
         return metrics
 
-    def _table(self, rollout: Rollout, rows: Dataset, index: Sequence[int]) -> list[dict[str, Any]]:
-        """The first rows of a rollout for a person to read; kl is summed over the completion, in nats."""
-        few = rollout.rows(torch.arange(min(NUM_SAMPLES, len(index))))
-        kls = (few.logprobs - few.ref_logprobs).sum(1).tolist()
-        columns = (
-            rows[list(index[:NUM_SAMPLES])]["prompt"],
-            self.decode(completion_ids(few)),
-            few.scores.tolist(),
-            kls,
-        )
-        names = ("prompt", "completion", "score", "kl", "finish_reason")
-        return [dict(zip(names, values)) for values in zip(*columns, few.finish_reasons)]
+    def _reference_scores(self, prompts: Prompts, index: Sequence[int]) -> Tensor:
+        reference, policy = self.roles.reference, self.actor_critic.policy
+        chosen = [prompts.ids[row] for row in index]
+        with acting(policy, None) if reference is None else contextlib.nullcontext():
+            drawn = self.draw(chosen, "evaluation", model=policy if reference is None else reference)
+        return self.score(prompts, index, [drawn.ids(row) for row in range(len(chosen))])
 
-    def save_model(self, directory: Path) -> None:
-        """The policy and its tokenizer, as `save_pretrained` writes them. Call it in the main process."""
-        self.actor_critic.policy.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+    def _gathered(self, numbered: Iterable[tuple[int, Any]]) -> list[Any]:
+        """What the processes have for the rows of a dataset, in the dataset's order."""
+        pairs = list(numbered)
+        pairs = gather_object(pairs) if self.accelerator.num_processes > 1 else pairs
+        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
-    def save_value_model(self, directory: Path) -> None:
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """The policy and its tokenizer, as `save_pretrained` writes them; LoRA adapters are merged into a copy.
+
+        output_dir: a folder; that of the trainer, with /model, when not given. Call it in the main process.
+        """
+        self._write(self.roles.plain_policy(), Path(output_dir or self.output_dir / "model"))
+
+    def save_value_model(self, output_dir: str | Path | None = None) -> None:
         """The critic as a sequence-classification directory; a shared one with a copy of the policy's backbone."""
-        critic = self.actor_critic.critic
-        model = classifier_from(self.actor_critic.policy, critic) if isinstance(critic, ValueHead) else critic
-        model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        self._write(self.roles.plain_critic(), Path(output_dir or self.output_dir / "value"))
+
+    def _write(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _rows_of_iteration(self) -> list[int]:
-        """This process's share of the next `rollout_batch_size` rows of an endless shuffled pass over train_dataset."""
-        share = self.args.rollout_batch_size // self.accelerator.num_processes
-        first = self.iteration * self.args.rollout_batch_size + self.accelerator.process_index * share
-        return shuffled(np.arange(first, first + share), len(self.train_prompts), self.seed).tolist()
+        """This process's share of the iteration's rows, each as often as it gets completions.
+
+        They are the next rows of an endless shuffled pass over train_dataset.
+        """
+        group = self.args.completions_per_prompt
+        share = self.args.rollout_batch_size // group // self.accelerator.num_processes
+        first = self.iteration * self.args.rollout_batch_size // group + self.accelerator.process_index * share
+        rows = shuffled(np.arange(first, first + share), len(self.train_prompts.ids), self.seed)
+        return rows.repeat(group).tolist()
+
+    def _ptx_batch(self, step: int) -> Mapping[str, Tensor]:
+        """The next rows of a shuffled pass over ptx_dataset, as many as a mini-batch has completions."""
+        args, accelerator = self.args, self.accelerator
+        update_number = self.iteration * args.num_ppo_epochs * args.num_mini_batches + step
+        share = max(1, args.rollout_batch_size // args.num_mini_batches // accelerator.num_processes)
+        first = (update_number * accelerator.num_processes + accelerator.process_index) * share
+        return self.ptx.fetch(shuffled(np.arange(first, first + share), len(self.ptx), self.seed))
 
     def _generator(self, purpose: str) -> torch.Generator:
         """A generator for one purpose in one iteration and process; evaluation draws the same in all iterations."""
@@ -328,29 +363,26 @@ class PPOTrainer:
         return f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint was saved before."
 
     def _save(self) -> None:
-        tensors = {
-            "model": checkpoint.model_tensors(self.model),
-            "optimizer": checkpoint.optimizer_tensors(self.model, [self.optimizer]),
-            "random": checkpoint.random_tensors(),
-        }
+        tensors = state.gather(self.model, self.optimizer, self._moving_reference())
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
-            state = {name: getattr(self, name) for name in STATE}
-            checkpoint.save(folder / f"step-{self.iteration:06d}", tensors=tensors, state=state)
+            rest = {name: getattr(self, name) for name in STATE}
+            checkpoint.save(folder / f"step-{self.iteration:06d}", tensors=tensors, state=rest)
             rotate(folder)
         self.accelerator.wait_for_everyone()
 
-    def _load(self, source: bool | Path) -> None:
+    def _load(self, source: bool | str | Path) -> None:
         path = Path(source) if source is not True else None
         if source is True and self.accelerator.is_main_process:
             path = latest_checkpoint(self.output_dir / "checkpoints")
         (path,) = broadcast_object_list([path])
         if path is None:
             return
-        tensors, state = checkpoint.load(path)
-        checkpoint.load_model(self.model, tensors["model"])
-        checkpoint.load_optimizers(self.model, [self.optimizer], tensors["optimizer"])
-        checkpoint.load_random(tensors["random"], self.accelerator.process_index)
+        rank = self.accelerator.process_index
+        found = state.restore(path, self.model, self.optimizer, self._moving_reference(), rank)
         for name in STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, found[name])
         self.say(f"ppo: going on from iteration {self.iteration} ({path})")
+
+    def _moving_reference(self) -> PreTrainedModel | None:
+        return self.roles.reference if self.args.ref_model_mixup_alpha else None

@@ -97,6 +97,7 @@ def train(policy, critic, reward, args, iterations, seed, stops):
         advantages, returns = advantages_and_returns(rollout, args, args.kl_coef)
         rates = [1 - (iteration * steps + step) / (iterations * steps) for step in range(steps)]
         options_of_update = {"model": model, "optimizer": optimizer, "config": args, "rates": rates}
+        options_of_update["kl_coef"] = args.kl_coef
         update(rollout, advantages, returns, **options_of_update, accelerator=accelerator, generator=shuffling)
     return reference
 

@@ -26,7 +26,8 @@ def make(make_policy, tokenizer, tmp_path):
     """A function that builds a trainer of `iterations` iterations in its own folder."""
 
     def build(folder="run", iterations=2, rows=ROWS, policy=None, reward=count_wanted, policy_options=(), **options):
-        names = ("eval_dataset", "ref_model", "value_model", "evaluation", "seed", "stop_requested", "say")
+        names = ("eval_dataset", "ref_model", "value_model", "peft_config", "ptx_dataset", "evaluation", "seed")
+        names += ("stop_requested", "say")
         given = {name: options.pop(name) for name in names if name in options}
         return PPOTrainer(
             make_policy(**dict(policy_options)) if policy is None else policy,
@@ -74,9 +75,9 @@ def test_first_mini_batch_has_ratio_1_and_kl_is_0_at_the_start(make, reward_mode
 
 def test_first_ratio_in_bfloat16_stays_near_1(make):
     trainer = make(bf16=True)
-    rollout, _ = trainer.collect(trainer.train_rows, trainer.train_prompts, range(10), "sampling")
+    rollout, _ = trainer.collect(trainer.train_prompts, range(10), "sampling")
     with torch.no_grad():
-        exact = target_logprobs(trainer.reference, *rollout.model_inputs(), 1.0)
+        exact = target_logprobs(trainer.roles.reference, *rollout.model_inputs(), 1.0)
     assert 1e-3 < (rollout.logprobs[rollout.mask] - exact).abs().max() < 0.5
     assert torch.allclose(rollout.sampled_logprobs, rollout.logprobs, atol=0.1)
     trainer.train()
@@ -86,7 +87,13 @@ def test_first_ratio_in_bfloat16_stays_near_1(make):
 
 def test_four_iterations_are_two_and_a_resumed_two_to_the_bit(make, reward_model):
     held = Dataset.from_list(ROWS[:3])
-    options = {"reward": reward_model, "critic": "separate", "kl_target": 0.05, "eval_dataset": held, "eval_steps": 2}
+    options = {
+        "reward": reward_model,
+        "critic": "separate",
+        "adaptive_kl_target": 0.05,
+        "eval_dataset": held,
+        "eval_steps": 2,
+    }
     whole = make("whole", iterations=4, **options)
     whole.train()
     stop = iter([False, True])
@@ -212,7 +219,7 @@ def test_pad_may_be_the_stop_token(make, tokenizer):
     """The stop token is inside the mask, the KL and what the reward model reads."""
     tokenizer.pad_token = "<|im_end|>"
     trainer = make(iterations=1)
-    rollout, _ = trainer.collect(trainer.train_rows, trainer.train_prompts, range(10), "sampling")
+    rollout, _ = trainer.collect(trainer.train_prompts, range(10), "sampling")
     stopped = rollout.stopped
     assert stopped.any()
     last = rollout.completion_ids.gather(1, rollout.completion_lengths[:, None] - 1).squeeze(1)

@@ -35,7 +35,7 @@ def train(model_directory, output_dir):
         adam_epsilon=1e-3,
         max_new_tokens=8,
         temperature=1.0,
-        kl_target=0.5,
+        adaptive_kl_target=0.5,
         entropy_coef=0.01,
         whiten_rewards=True,
         save_steps=1,

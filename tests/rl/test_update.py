@@ -62,6 +62,7 @@ def run(model, rollout, args, seed=0, advantages=None):
         model=model,
         optimizer=optimizer,
         config=args,
+        kl_coef=args.kl_coef,
         rates=[1.0] * steps,
         accelerator=Accelerator(),
         generator=torch.Generator().manual_seed(seed),
@@ -130,7 +131,7 @@ def test_policy_and_critic_are_clipped_apart_and_have_their_own_rates(model, rol
         torch.stack([p.grad.norm() for p in group["params"]]).norm().item() for group in optimizer.param_groups
     )
     advantages, returns = advantages_and_returns(rollout, args, args.kl_coef)
-    options = {"model": model, "optimizer": optimizer, "config": args, "accelerator": Accelerator()}
+    options = {"model": model, "optimizer": optimizer, "config": args, "accelerator": Accelerator(), "kl_coef": 0.1}
     update(rollout, advantages, returns, **options, rates=[0.5], generator=torch.Generator())
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5e-2, 1.5e-2]
