@@ -5,6 +5,7 @@ Imports stay light, so that `lmkit --help` and `lmkit status` answer at once; a 
 
 import contextlib
 import fcntl
+import getpass
 import importlib.util
 import json
 import sys
@@ -119,6 +120,28 @@ def export(
         for note in write_gguf(found, gguf, dtype):
             print(f"note: {note}")
         print(f"{gguf} written: {found} with {dtype} matrices, {human_size(gguf)}")
+
+
+@app.command()
+def label(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="pairs to compare: prompt and completions (two) a row")],
+    annotator: Annotated[str, typer.Option(help="whose answers these are; by default the login name")] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of 127.0.0.1; 0 takes a free one")] = 0,
+    report: Annotated[bool, typer.Option("--report", help="print what was answered and how far people agree")] = False,
+    export: Annotated[Path | None, typer.Option(help="write prompt, chosen, rejected of the decided pairs")] = None,
+) -> None:
+    """Compare pairs of completions on a local page, by keyboard; every answer is saved at once beside FILE."""
+    with exit_codes():
+        from lmkit.label import agreement, server, store
+
+        if report or export:
+            pairs, answers = store.read_pairs(file), store.all_answers(file)
+            if report:
+                print(agreement.report(pairs, answers))
+            if export:
+                print(f"{store.export(export, pairs, answers)} decided pairs written to {export}")
+            return
+        server.serve(file, annotator or getpass.getuser(), port)
 
 
 @tokenizer.command()

@@ -15,7 +15,7 @@ LAYERS = [
     {"tokenization"},
     {"data", "models"},
     {"training", "generation"},
-    {"report", "rl", "vision", "evaluation"},
+    {"report", "rl", "vision", "evaluation", "label"},
     {"cli"},
     {"recipes"},
 ]
