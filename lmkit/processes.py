@@ -58,7 +58,9 @@ def join() -> PartialState:
     """
     from accelerate import PartialState
 
-    state = PartialState() if PartialState._shared_state else PartialState(timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    # Accelerator alone looks at this variable; a bare PartialState would meet nobody on a CPU.
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     if num_asked() != state.num_processes:
         raise BadInput(
             f"the launcher started {num_asked()} processes, but each of them works alone. On CPUs launch with "

@@ -11,6 +11,7 @@ is one; the reward model that PPO climbed is always shown and is no judge of PPO
 
 from pathlib import Path
 
+from lmkit import processes
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.errors import Interrupted
 from lmkit.stage import Stage, is_main, run
@@ -37,8 +38,6 @@ def main(config: EvaluationConfig) -> Path:
     stage = Stage("evaluation", config)
     if stage.finished:
         return stage.directory
-    from accelerate import PartialState
-
     from lmkit.artifact import write_json
     from lmkit.data.shards import Shards
     from lmkit.data.sources import load_prompts
@@ -49,7 +48,7 @@ def main(config: EvaluationConfig) -> Path:
     from lmkit.tracking import append
 
     with stage:
-        state = PartialState()
+        state = processes.join()
         loaded = {name: load_language_model(getattr(config, name), state.device) for name in ("base", "sft", "ppo")}
         reward_model, reward_tokenizer = load_reward_model(config.reward, state.device)
         judge_model = load_reward_model(config.judge, state.device)[0] if config.judge else None

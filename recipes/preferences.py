@@ -12,6 +12,7 @@ nothing trains on them.
 
 from pathlib import Path
 
+from lmkit import processes
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.errors import Interrupted
 from lmkit.stage import Stage, is_main, run
@@ -37,7 +38,6 @@ def main(config: PreferencesConfig) -> Path:
     stage = Stage("preferences", config)
     if stage.finished:
         return stage.directory
-    from accelerate import PartialState
     from datasets import DatasetDict
 
     from lmkit.data.sources import load_pairs
@@ -47,7 +47,7 @@ def main(config: PreferencesConfig) -> Path:
         if config.data is not None:
             rows, facts = load_pairs(config.data, config.mapping), {}
         else:
-            rows, facts = sample_pairs(config, stage, PartialState())
+            rows, facts = sample_pairs(config, stage, processes.join())
         held = heldout_rows([str(prompt) for prompt in rows["prompt"]], config.heldout_fraction, config.seed)
         pairs = DatasetDict(train=rows.select((~held).nonzero()[0]), heldout=rows.select(held.nonzero()[0]))
         facts |= {f"num_{name}": len(pairs[name]) for name in pairs}

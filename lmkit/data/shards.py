@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmkit.errors import BadInput, CorruptInput
+from lmkit.processes import die_with_parent
 from lmkit.tokenization.byte_level import Encoder, fast_is_exact, make_encoder
 
 if TYPE_CHECKING:  # the worker processes start without it
@@ -177,6 +178,7 @@ _worker: tuple[Encoder, int]
 
 def _start_worker(spec: str, fast: bool, end: int) -> None:
     global _worker
+    die_with_parent()
     _worker = make_encoder(spec, fast), end
 
 

@@ -6,7 +6,7 @@ Tensors are gathered to full size, so a checkpoint written by any number of proc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lmkit.artifact import seal
+from lmkit.errors import Stopped
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -32,9 +33,11 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save(path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """Writes folder `path`: one safetensors file a group of tensors, and state.json. Call it in the main process alone.
 
-    A tensor that appears under several names of a group (tied weights) is stored once.
+    A tensor that appears under several names of a group (tied weights) is stored once. Raises Stopped, and writes
+    nothing, when one holds a number that is not finite; OSError (ENOSPC) when there is no space.
     """
-    with seal(path) as folder:
+    check_finite({f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()})
+    with seal(path, num_bytes(tensor for named in tensors.values() for tensor in named.values())) as folder:
         for group, named in tensors.items():
             first: dict[tuple, str] = {}
             aliases = {}
@@ -45,6 +48,18 @@ def save(path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
             unique = {name: named[name].detach().cpu().contiguous() for name in first.values()}
             save_file(unique, folder / f"{group}.safetensors", metadata={"aliases": json.dumps(aliases)})
         (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Stopped, naming the first tensor that holds NaN or infinity: what is saved can be gone on from."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.detach().isfinite().all():
+            raise Stopped(f"{name} holds numbers that are not finite, so nothing was saved. Lower the learning rate.")
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take on a disk, memory that several of them share counted once."""
+    return sum({t.data_ptr() or id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from lmkit import processes
 from lmkit.data.order import batch_positions, shuffled
-from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.errors import Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint
@@ -35,13 +36,8 @@ def make_accelerator(bf16: bool | None, width: int) -> Accelerator:
 
     BadInput when the launcher asked for several processes and they do not know of each other.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision(bf16, width))
-    if (asked := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
-        raise BadInput(
-            f"the launcher started {asked} processes, but each of them trains alone. On CPUs launch with "
-            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...`."
-        )
-    return accelerator
+    processes.join()
+    return Accelerator(mixed_precision=mixed_precision(bf16, width))
 
 
 def mixed_precision(bf16: bool | None, width: int) -> str:

@@ -14,13 +14,16 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import set_seed
 
+from lmkit import processes
 from lmkit.artifact import seal
-from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.errors import BadInput, CorruptInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
+from lmkit.training.checkpoint import check_finite, num_bytes
 
 SHOWN_FIRST = ("loss", "accuracy", "mean_token_accuracy")
 # What the Hugging Face trainer logs about its own speed; the tracker has the clock.
@@ -33,6 +36,7 @@ def arguments(cls: type, train: dict[str, Any], stage: Stage) -> Any:
     Without a GPU training is in float32 on the CPU; with one that can, in bfloat16. Raises BadInput when the class
     refuses the values.
     """
+    processes.join()  # transformers would wait for a hung process for half an hour on a CPU
     gpu = torch.cuda.is_available()
     device = {
         "bf16": gpu and torch.cuda.is_bf16_supported() and not train.get("fp16"),
@@ -70,7 +74,11 @@ class SealedCheckpoints:
     def _save_checkpoint(self, model, trial):
         main, target = self.accelerator.is_main_process, self.stage.checkpoints / f"step-{self.state.global_step:06d}"
         staging = target.with_name(f".staging-{target.name}")
-        with seal(target) if main else contextlib.nullcontext():
+        parameters = dict(model.named_parameters())
+        check_finite(parameters)
+        # Two moments for each parameter that learns, and the parameters.
+        wanted = num_bytes(parameters.values()) + 2 * num_bytes(p for p in parameters.values() if p.requires_grad)
+        with seal(target, wanted) if main else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
             self._staging = staging
             super()._save_checkpoint(model, trial)
@@ -148,7 +156,8 @@ def train(trainer: SealedCheckpoints) -> None:
 
     Raises Interrupted after saving when a signal asked to stop, Stopped when a gradient is not finite.
     """
-    checkpoint = latest_checkpoint(trainer.stage.checkpoints)
+    main = trainer.accelerator.is_main_process
+    (checkpoint,) = broadcast_object_list([latest_checkpoint(trainer.stage.checkpoints) if main else None])
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer.stage.say(f"resuming from step {state.global_step} of {state.max_steps}")
@@ -159,7 +168,12 @@ def train(trainer: SealedCheckpoints) -> None:
     set_seed(trainer.args.seed)
     with contextlib.ExitStack() as cleanup:
         trainer.add_callback(_Progress(trainer, cleanup))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if "Weights only load failed" not in str(error):
+                raise
+            raise CorruptInput(f"{checkpoint} holds a pickle that would run code: delete it. ({error})") from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved.")
 
@@ -173,6 +187,7 @@ def final_evaluation(trainer: SealedCheckpoints) -> dict[str, float]:
 def save_model(trainer: SealedCheckpoints, artifact: str = "model") -> None:
     """Seals the trained model with its tokenizer as an artifact of the stage; every process calls it."""
     stage, main = trainer.stage, trainer.accelerator.is_main_process
+    check_finite(dict(trainer.model.named_parameters()))
     folder = stage.directory / f".staging-{artifact}"
     with stage.seal(artifact) if main else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
