@@ -40,3 +40,38 @@ def test_the_last_block_has_a_next_token():
 def test_a_corpus_shorter_than_one_block_is_refused():
     with pytest.raises(BadInput, match=r"10 tokens, less than one block of 10 .*lower model.context_length"):
         Blocks(shards(10), context_length=10)
+
+
+def documents(lengths, seed=0):
+    """Shards of documents of these lengths, each ended by 0; every other token is its place in the corpus."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(offsets[-1], dtype=np.uint32)
+    tokens[offsets[1:] - 1] = 0
+    return SimpleNamespace(tokens=tokens, document_offsets=offsets)
+
+
+def test_best_fit_blocks_hold_every_token_once_behind_the_token_before_it():
+    shards = documents([3, 9, 2, 2, 5, 4, 1])
+    blocks = Blocks(shards, context_length=4, packing="bos_bestfit", document_mask=True)
+    batch = blocks.fetch(np.arange(len(blocks)))
+    inputs, labels, ids = batch["input_ids"], batch["labels"], batch["document_ids"]
+    counted = labels >= 0
+    assert sorted(labels[counted].tolist()) == sorted(shards.tokens.tolist())
+    for row, label, inside in zip(inputs, labels, counted):
+        for before, token in zip(row[inside].tolist(), label[inside].tolist()):
+            assert before == (shards.tokens[token - 1] if token else before)
+    # A document that fits a block is never cut; parts of one share an id, and the padding has one of its own.
+    assert ((ids >= 0) == counted).all()
+    whole = [label[ids[row] == i].tolist() for row, label in enumerate(labels) for i in range(int(ids[row].max()) + 1)]
+    for begin, end in zip(shards.document_offsets, shards.document_offsets[1:]):
+        if end - begin <= 4:
+            assert shards.tokens[begin:end].tolist() in whole
+
+
+def test_the_mask_of_a_stream_starts_a_document_at_each_end_of_text():
+    shards = documents([3, 2, 4])
+    batch = Blocks(shards, context_length=8, document_mask=True).fetch(np.array([0]))
+    assert batch["input_ids"].tolist() == [[0, 1, 0, 3, 0, 5, 6, 7]]
+    assert batch["document_ids"].tolist() == [[1, 1, 2, 2, 3, 3, 3, 3]]
+    assert "document_ids" not in Blocks(shards, 8).fetch(np.array([0]))
+    assert "document_ids" not in Blocks(shards, 8, "pad", document_mask=True).fetch(np.array([0]))
