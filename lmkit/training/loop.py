@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,12 +60,15 @@ def fit(
     accelerator: Accelerator,
     stage: Stage,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    sample: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, float]:
     """Trains `module` in place for `config.max_steps` updates, from the stage's newest checkpoint if there is one.
 
     module: forward(**batch) -> (sum of losses, number of counted tokens), two scalars.
     fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU.
     evaluate: called in every process between updates, with `module` in eval mode; its metrics are logged.
+    sample: gives rows for samples.jsonl; called by the main process alone at each evaluation, and must leave the random
+        state as it was.
 
     Returns the last metrics. Raises Stopped on a non-finite loss or gradient: before the update on a CPU, on a
     GPU at the latest before the next log row, evaluation or checkpoint. Raises Interrupted after a signal, a
@@ -108,6 +112,8 @@ def fit(
                 scores = evaluate()
                 tracker.log(step, scores)
                 metrics |= scores
+                if sample is not None and accelerator.is_main_process:
+                    tracker.sample(step, sample())
             stop = look and _any(stage.stop_requested(), accelerator)
             if stop or "save" in due:
                 _save(prepared, optimizers, window, step, accelerator, stage)
