@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from lmkit.report.read import pretrain_lines
 from lmkit.stage import CHAIN, read_record
 
 ROWS = {
@@ -52,7 +53,8 @@ def table(runs: list[Path]) -> list[str]:
         row(f"{component}: SFT, PPO", [f"{r[f'{key}/sft']:.3f}, {r[f'{key}/ppo']:.3f}" for r in results])
     for name in ("accuracy", "ceiling", "calibration_error", "length_correlation"):
         row(f"reward model: {name}", [f"{record['reward']['metrics'][name]:.3f}" for record in records])
-    row("n-gram bits per byte", [f"{r['pretrain']['metrics']['eval/kneser_ney_bits_per_byte']:.3f}" for r in records])
+    found = [record["pretrain"]["metrics"] for record in records]
+    row("best line without weights, bits per byte", [f"{f[next(iter(pretrain_lines(f)))]:.3f}" for f in found])
     row("seconds in the stages", [f"{sum(record[stage]['seconds'] for stage in CHAIN):.0f}" for record in records])
     return lines
 

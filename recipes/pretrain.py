@@ -25,7 +25,7 @@ class PretrainConfig(StageConfig):
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
     packing: Literal["stream", "pad"] = setting("pad", "blocks: the corpus cut anywhere, or one document each")
-    ngram_order: int = setting(5, "order of the n-gram that the model is held against", ge=1)
+    ngram_orders: list[int] = setting([5, 7], "orders of the n-grams that the model is held against")
     validation_tokens: int = setting(65_536, "tokens of the validation split that are scored, from its start", gt=0)
 
 
@@ -34,20 +34,19 @@ def main(config: PretrainConfig) -> Path:
     if stage.finished:
         return stage.directory
     import torch
-    from transformers import AutoTokenizer
 
     from lmkit.data.blocks import Blocks
     from lmkit.data.shards import Shards
-    from lmkit.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, token_bytes
-    from lmkit.generation.sampler import sample
+    from lmkit.evaluation.baselines import baselines, beaten_by
+    from lmkit.evaluation.held_out import HeldOut
     from lmkit.models.attention import packed_attention
     from lmkit.models.load import load_language_model
     from lmkit.models.presets import build_model
-    from lmkit.tokenization.chat import stop_token_ids
+    from lmkit.tokenization.train import load_tokenizer
     from lmkit.training import loop
     from lmkit.training.losses import CausalLMLoss
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
+    tokenizer = load_tokenizer(config.tokenizer)
     train, validation = Shards.open(config.shards / "train"), Shards.open(config.shards / "validation")
     train.check_tokenizer(tokenizer)
     torch.manual_seed(config.seed)
@@ -65,13 +64,7 @@ def main(config: PretrainConfig) -> Path:
     blocks = Blocks(train, context_length, config.packing)
     accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
     model.to(accelerator.device)
-    documents = validation.first_documents(config.validation_tokens)
-    scored, sizes = validation.tokens[: documents[-1]], token_bytes(tokenizer)
-
-    def evaluate() -> dict[str, float]:
-        options = {"stride": context_length // 2, "batch_size": 32, "document_offsets": documents}
-        result = bits_per_byte(model, scored, sizes, context_length, **options)
-        return {f"eval/{key}": result[key] for key in ("bits_per_byte", "nats_per_token")}
+    held_out = HeldOut.start_of(validation, config.validation_tokens, tokenizer, context_length)
 
     with stage:
         stage.say(
@@ -79,22 +72,22 @@ def main(config: PretrainConfig) -> Path:
             f"of {context_length}, vocabulary {len(tokenizer)}, {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
         )
-        options = {"accelerator": accelerator, "stage": stage, "evaluate": evaluate}
+        options = {"accelerator": accelerator, "stage": stage, "evaluate": lambda: held_out.scores(model)}
+        options["sample"] = lambda: held_out.continuations(model, config.seed)
         with packed_attention(model):
             metrics = loop.fit(CausalLMLoss(model), blocks.fetch, len(blocks), config.train, **options)
         if accelerator.is_main_process:
-            lines = ngram_bits_per_byte(train.tokens, scored, sizes, config.ngram_order)
-            ours, theirs = metrics["eval/bits_per_byte"], lines["kneser_ney"]
+            metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
+            ours, stride = metrics["eval/bits_per_byte"], metrics["eval/stride"]
+            lines = baselines(train.tokens, held_out.tokens, tokenizer, config.ngram_orders)
             stage.say(
-                f"pretrain: validation bits per byte {ours:.4f}; {config.ngram_order}-gram Kneser-Ney {theirs:.4f}, "
-                f"unigram {lines['unigram']:.4f}, uniform {lines['uniform']:.4f}"
+                f"pretrain: validation bits per byte {ours:.4f}, perplexity {metrics['eval/perplexity']:.3f} per token "
+                f"(context {context_length}, stride {stride}); {metrics['eval/unstrided_bits_per_byte']:.4f} unstrided"
             )
-            if ours > theirs:
-                stage.say("warning: the model is worse than the n-gram; give it more steps or a higher learning rate.")
-            generator = torch.Generator().manual_seed(config.seed)
-            stops, room = stop_token_ids(tokenizer), context_length - 1
-            drawn = sample(model, [[stops[-1]]], max_new_tokens=room, stop_token_ids=stops, generator=generator)
-            stage.say(f"sample: {tokenizer.decode(drawn.ids(0), skip_special_tokens=True)}")
+            stage.say("without weights: " + ", ".join(f"{name} {line:.4f}" for name, line in lines.items()))
+            if better := beaten_by(ours, lines):
+                stage.say(f"warning: the model is worse than {better[0]}; give it more steps or another rate.")
+            stage.say(f"sample: {held_out.continuations(model, config.seed)[0]['completion']}")
             with stage.seal("model") as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)

@@ -1,16 +1,15 @@
-"""Bits per byte: the loss that compares models with different tokenizers, and the n-gram lines beside it.
+"""Bits per byte: the loss that compares models with different tokenizers.
 
-Three functions, all on plain arrays of token ids (a memory-mapped shard is one):
+Two functions, on plain arrays of token ids (a memory-mapped shard is one):
 
     bytes_of = token_bytes(tokenizer)                                                # [V], once per tokenizer
     bits_per_byte(model, validation_tokens, bytes_of, context_length=256)            # a dict of numbers
-    ngram_bits_per_byte(train_tokens, validation_tokens, bytes_of, order=5)          # {"uniform": ..., ...}
 
     bits per byte = sum of nll(target) in nats / (ln 2 * sum of UTF-8 bytes of the targets)
 
 A target counts if its token stands for bytes of the text. Special tokens stand for none: they are context, never
 targets, so neither their loss nor a length enters. The first token of the stream has nothing before it and is not
-scored, by the model or by the n-gram lines. Sums are float64.
+scored. Sums are float64.
 """
 
 import itertools
@@ -22,8 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
-
-from lmkit.models import ngram
 
 # Decoders that leave the characters of a token as they are, but for the space mark and the byte tokens.
 _TEXT_DECODERS = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -118,7 +115,7 @@ def bits_per_byte(
     if not 1 <= stride <= context_length:
         raise ValueError(f"stride is {stride}; wanted 1 to context_length, which is {context_length}")
     sizes = tokenizer if isinstance(tokenizer, np.ndarray) else token_bytes(tokenizer)
-    _countable(tokens, sizes)
+    countable_targets(tokens, sizes)
     device = next(model.parameters()).device
     # (place of the first input, which is -1 before the first document; number of targets; first target that is scored)
     spans = [(0, len(tokens))]
@@ -155,30 +152,11 @@ def bits_per_byte(
     }
 
 
-def ngram_bits_per_byte(
-    train_tokens: np.ndarray, validation_tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase | np.ndarray, order: int
-) -> dict[str, float]:
-    """Bits per byte of three models without weights on the targets `bits_per_byte` scores: `uniform` over the
-    vocabulary, `unigram` (add-one) and `kneser_ney` (modified, of `order`), fitted on `train_tokens`.
+def countable_targets(tokens: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
+    """Number of targets that count among `tokens[1:]`, and of their bytes; `sizes` is what `token_bytes` returns.
 
-    The n-gram has its `order - 1` tokens of context everywhere, a windowed model less at the start of each window.
-    Raises ValueError as `bits_per_byte` does.
+    Raises ValueError for ids the tokenizer does not have, and when no target counts.
     """
-    sizes = tokenizer if isinstance(tokenizer, np.ndarray) else token_bytes(tokenizer)
-    num_tokens, num_bytes = _countable(validation_tokens, sizes)
-    counts = sizes[validation_tokens[1:]] > 0
-    bits_per_nat = 1 / (math.log(2) * num_bytes)
-    unigram = ngram.fit(train_tokens, 1, len(sizes), smoothing="laplace")
-    kneser_ney = ngram.fit(train_tokens, order, len(sizes))
-    return {
-        "uniform": num_tokens * math.log(len(sizes)) * bits_per_nat,
-        "unigram": float(unigram.nll(validation_tokens)[1:][counts].sum()) * bits_per_nat,
-        "kneser_ney": float(kneser_ney.nll(validation_tokens)[1:][counts].sum()) * bits_per_nat,
-    }
-
-
-def _countable(tokens: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
-    """Number of targets that count and of their bytes."""
     if len(tokens) and tokens.max() >= len(sizes):
         raise ValueError(
             f"found token {tokens.max()}, wanted at most {len(sizes) - 1}: encode the text with this tokenizer"

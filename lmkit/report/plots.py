@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lmkit.report.read import Run, series
+from lmkit.report.read import Run, pretrain_lines, series
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
@@ -89,9 +89,9 @@ def pretrain_bits_per_byte(run: Run) -> Figure | None:
     figure, axes = _figure("step", "held-out bits per byte")
     if not _line(axes, run.rows("pretrain"), "eval/bits_per_byte", "model", BLUE):
         return None
-    baseline = run.metrics("pretrain").get("eval/kneser_ney_bits_per_byte")
-    if baseline is not None:
-        axes.axhline(float(baseline), color=RED, ls="--", label="Kneser-Ney n-gram")
+    metrics = run.metrics("pretrain")
+    for key, label in list(pretrain_lines(metrics).items())[:1]:
+        axes.axhline(float(metrics[key]), color=RED, ls="--", label=label)
         axes.legend()
     return figure
 

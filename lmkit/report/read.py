@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]
     """
     found = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def pretrain_lines(metrics: dict[str, Any]) -> dict[str, str]:
+    """Keys of what a pretrained model is held against, and their names for a reader; the best first.
+
+    >>> pretrain_lines({"eval/uniform_bits_per_byte": 3.0, "eval/kneser_ney_5_bits_per_byte": 2.0, "loss": 1.0})
+    {'eval/kneser_ney_5_bits_per_byte': '5-gram, modified Kneser-Ney', 'eval/uniform_bits_per_byte': 'uniform'}
+    """
+    found = {}
+    for key in metrics:
+        if match := re.fullmatch(r"eval/(uniform|unigram|xz|kneser_ney_(\d+))_bits_per_byte", key):
+            name, order = match.groups()
+            found[key] = f"{order}-gram, modified Kneser-Ney" if order else {"xz": "xz -9"}.get(name, name)
+    return dict(sorted(found.items(), key=lambda item: float(metrics[item[0]])))
 
 
 def _read_stage(folder: Path) -> StageData:

@@ -17,10 +17,11 @@ from lmkit.config import read_mapping
 from lmkit.report.blocks import Answers, Block, Code, Figures, Heading, Table, Text, Warnings, to_html, to_markdown
 from lmkit.report.checks import warnings
 from lmkit.report.plots import best_of_kl_key, best_of_sizes, write_plots
-from lmkit.report.read import Run, read_run, series
+from lmkit.report.read import Run, pretrain_lines, read_run, series
 from lmkit.tracking import duration, printable, short
 
 NUM_PROMPTS = 12
+LANGUAGE_METRICS = {"bits_per_byte": 4, "perplexity": 2}  # name -> digits shown
 NUM_DISPUTED = 3
 # section -> picture -> caption; pictures the run has no data for are left out
 PICTURES = {
@@ -47,7 +48,7 @@ PICTURES = {
     },
     "Language modelling": {
         "pretrain_loss": "Pretraining.",
-        "pretrain_bits_per_byte": "Held-out bits per byte; dashed: an n-gram model of the same text.",
+        "pretrain_bits_per_byte": "Held-out bits per byte; dashed: the best line below that has no weights.",
         "sft_loss": "Supervised fine-tuning.",
     },
 }
@@ -243,10 +244,16 @@ def _reward_model(run: Run) -> Iterator[Block]:
 
 def _language_model(run: Run) -> Iterator[Block]:
     found = run.metrics("pretrain")
-    names = {"": "this model", "kneser_ney_": "Kneser-Ney n-gram", "unigram_": "unigram", "uniform_": "uniform"}
-    keys = {f"eval/{name}bits_per_byte": label for name, label in names.items()}
-    if rows := [[label, cell(found, key, 4)] for key, label in keys.items() if key in found]:
-        yield Table(["after pretraining, on held-out text", "bits per byte"], rows)
+    if "eval/bits_per_byte" not in found:
+        return
+    rows = [["this model", cell(found, "eval/bits_per_byte", 4), cell(found, "eval/perplexity", 2)]]
+    if "eval/stride" in found:
+        rows[0][0] += f" ({found['eval/context_length']} tokens of context, stride {found['eval/stride']})"
+        unstrided = [cell(found, f"eval/unstrided_{name}", digits) for name, digits in LANGUAGE_METRICS.items()]
+        rows.append([f"this model (stride {found['eval/context_length']}: no overlap)", *unstrided])
+    for key, label in pretrain_lines(found).items():
+        rows.append([label, cell(found, key, 4), "-"])
+    yield Table(["after pretraining, on held-out text", "bits per byte", "perplexity per token"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- cost, provenance

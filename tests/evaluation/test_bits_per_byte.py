@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lmkit.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, token_bytes, windows
+from lmkit.evaluation.bits_per_byte import bits_per_byte, token_bytes, windows
 
 TEXT = "the cat sat on the mat, the caf\u00e9 \u2581 was shut \u4e2d\u6587 \U0001f600\n\nand the cat sat again\n" * 3
 SPECIALS = ["<|endoftext|>", "<|pad|>"]
@@ -198,24 +198,6 @@ def test_sums_are_exact_over_many_tokens():
     tokens = np.ones(100_001, dtype=np.uint16)
     scores = bits_per_byte(model, tokens, np.array([0, 1]), context_length=100_000)
     assert scores["nats_per_token"] == pytest.approx(-math.log(1e-7), rel=1e-7)
-
-
-def test_ngram_lines_by_hand_and_without_special_targets():
-    sizes = np.array([0, 1, 2])
-    train, validation = np.array([1, 2, 0, 1, 2, 0, 1, 1]), np.array([1, 2, 0, 1])
-    lines = ngram_bits_per_byte(train, validation, sizes, order=1)
-    # The targets that count are 2 and 1: 3 bytes. Add-one: 1 occurs 4 times of 8, 2 twice.
-    assert lines["uniform"] == pytest.approx(2 * math.log2(3) / 3)
-    assert lines["unigram"] == pytest.approx(-(math.log2(3 / 11) + math.log2(5 / 11)) / 3)
-    assert ngram_bits_per_byte(train, validation, sizes, order=3)["kneser_ney"] < lines["kneser_ney"]
-
-
-def test_bits_per_byte_and_the_ngram_lines_count_the_same_targets():
-    generator = np.random.default_rng(3)
-    tokens, sizes = generator.integers(0, 5, 200), np.array([0, 1, 2, 0, 4])
-    scores = bits_per_byte(Table(np.zeros(5)), tokens, sizes, context_length=9)
-    lines = ngram_bits_per_byte(tokens, tokens, sizes, order=2)
-    assert scores["bits_per_byte"] == pytest.approx(lines["uniform"])
 
 
 @pytest.mark.parametrize(

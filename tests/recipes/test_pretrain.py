@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -48,17 +49,34 @@ assert torch.equal(model(torch.arange(9)[None]).logits, torch.load("logits.pt"))
     subprocess.run([sys.executable, "-c", script], check=True, cwd=trained.output_dir)
 
 
-def test_the_log_has_bits_per_byte_the_n_gram_the_warning_and_a_sample(trained):
+def test_the_log_has_both_scores_every_line_the_warning_and_a_sample(trained):
     log = (trained.output_dir / "log.txt").read_text()
-    assert "validation bits per byte" in log
-    assert "5-gram Kneser-Ney" in log
-    assert "warning: the model is worse than the n-gram" in log  # four steps teach nothing
+    assert "(context 64, stride 32)" in log
+    for line in ("uniform", "unigram", "kneser_ney_5", "kneser_ney_7", "xz"):
+        assert f"{line} " in log
+    assert (
+        "warning: the model is worse than xz" in log
+    )  # four steps teach nothing, and the split is its own training text
     assert "sample: " in log
     metrics = json.loads((trained.output_dir / "stage.json").read_text())["metrics"]
-    assert {"loss", "eval/bits_per_byte", "eval/kneser_ney_bits_per_byte"} < set(metrics)
+    assert {"loss", "eval/bits_per_byte", "eval/kneser_ney_7_bits_per_byte", "eval/xz_bits_per_byte"} < set(metrics)
+    assert metrics["eval/unstrided_bits_per_byte"] > metrics["eval/bits_per_byte"]
+    assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/nats_per_token"]))
+    assert (metrics["eval/context_length"], metrics["eval/stride"]) == (64, 32)
     rows = [json.loads(line) for line in (trained.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [2, 4]
     assert rows[-1]["eval/bits_per_byte"] == metrics["eval/bits_per_byte"]
+
+
+def test_every_evaluation_continues_the_same_texts(nano, tmp_path):
+    train = {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 4, "eval_steps": 2}
+    pretrain.main(configure(nano, tmp_path / "run", train=train))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] * 4 + [4] * 4
+    assert [row["prompt"] for row in rows[:4]] == [row["prompt"] for row in rows[4:]]
+    assert rows[0]["prompt"] == ""
+    assert rows[1]["prompt"] != rows[2]["prompt"] != ""
+    assert [row["completion"] for row in rows[:4]] != [row["completion"] for row in rows[4:]]
 
 
 def test_the_same_command_is_skipped_and_another_setting_refused(trained, nano, capsys):

@@ -69,7 +69,9 @@ def test_tables_hold_the_numbers_with_intervals(run):
     assert row_of(text, "animal")[-1] == "+0.140"
     assert "n = 192 prompts, one sample each at temperature 1, one training run" in text
     assert "gains 1.79 when the reward model chooses, and 2.11 when gold itself does" in text
-    assert row_of(text, "Kneser-Ney n-gram") == ["0.2630"]
+    assert row_of(text, "5-gram, modified Kneser-Ney") == ["0.2630", "-"]
+    assert row_of(text, "this model (256 tokens of context, stride 128)")[1] == "1.87"
+    assert row_of(text, "this model (stride 256: no overlap)") == ["0.2400", "1.90"]
     assert row_of(text, "sft")[:3] == ["1:50", "9000", "0.70 GB"]
 
 
@@ -174,7 +176,7 @@ def test_numbers_that_are_not_finite_are_shown_and_warned_of(tmp_path):
     edit(run / "pretrain/stage.json", lambda r: r["metrics"].update({"eval/bits_per_byte": "inf"}))
     text = text_of(run)
     assert "pretrain: eval/bits_per_byte, loss had values that are not finite" in text
-    assert row_of(text, "this model") == ["inf"]
+    assert row_of(text, "this model (256 tokens of context, stride 128)")[0] == "inf"
 
 
 # -------------------------------------------------------------------------------------------------------- provenance

@@ -1,0 +1,77 @@
+"""A language model on held-out text, while it trains and at the end: scores and continuations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmkit.data.shards import Shards
+from lmkit.evaluation.bits_per_byte import bits_per_byte
+from lmkit.generation.sampler import sample
+from lmkit.tokenization.chat import stop_token_ids
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Whole documents from the start of a split, each read alone behind the end-of-text token before it.
+
+    tokens: ids [N]; document_offsets: [D + 1], where each document begins and the last one ends.
+    """
+
+    tokens: np.ndarray
+    document_offsets: np.ndarray
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+
+    @classmethod
+    def start_of(
+        cls, shards: Shards, num_tokens: int, tokenizer: PreTrainedTokenizerBase, context_length: int
+    ) -> HeldOut:
+        """The documents within the first `num_tokens` of a split; a part of the first one if it is longer."""
+        offsets = shards.first_documents(num_tokens)
+        return cls(shards.tokens[: offsets[-1]], offsets, tokenizer, context_length)
+
+    def scores(self, model: PreTrainedModel) -> dict[str, float]:
+        """Bits per byte and nats per token: windows of `context_length` tokens, each scoring its second half."""
+        found = self._score(model, self.context_length // 2)
+        return {f"eval/{name}": found[name] for name in ("bits_per_byte", "nats_per_token", "perplexity")}
+
+    def unstrided_scores(self, model: PreTrainedModel) -> dict[str, float | int]:
+        """The same in windows that do not overlap, and what both were read with: context and stride, in tokens."""
+        found = self._score(model, self.context_length)
+        numbers = {f"eval/unstrided_{name}": found[name] for name in ("bits_per_byte", "perplexity")}
+        return numbers | {"eval/context_length": self.context_length, "eval/stride": self.context_length // 2}
+
+    def continuations(self, model: PreTrainedModel, seed: int = 0, num_documents: int = 3) -> list[dict[str, str]]:
+        """Rows of prompt and completion at temperature 1: the start of a document, and of the first held-out ones.
+
+        The same prompts and the same draws at every call, so that what changes is the model. The attention that
+        training uses has no cache; the model has its own one while it samples.
+        """
+        starts = self.document_offsets[:-1][:num_documents]
+        room = min(NEW_TOKENS, self.context_length // 2)
+        length = min(PROMPT_TOKENS, self.context_length - room - 1)
+        ends = np.minimum(starts + length, self.document_offsets[1:][:num_documents] - 1)
+        stops = stop_token_ids(self.tokenizer)
+        prompts = [[], *(self.tokens[start:end].tolist() for start, end in zip(starts, ends))]
+        options = {"max_new_tokens": room, "stop_token_ids": stops, "generator": torch.Generator().manual_seed(seed)}
+        before = model.config._attn_implementation
+        model.set_attn_implementation("sdpa")
+        try:
+            drawn = sample(model, [[stops[-1], *prompt] for prompt in prompts], **options)
+        finally:
+            model.set_attn_implementation(before)
+        texts = [
+            [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (p, drawn.ids(row))]
+            for row, p in enumerate(prompts)
+        ]
+        return [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+
+    def _score(self, model: PreTrainedModel, stride: int) -> dict[str, float | int]:
+        options = {"stride": stride, "batch_size": 32, "document_offsets": self.document_offsets}
+        return bits_per_byte(model, self.tokens, self.tokenizer, self.context_length, **options)

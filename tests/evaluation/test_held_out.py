@@ -1,0 +1,65 @@
+"""Scores and continuations of a model in training, on documents of a shard."""
+
+import numpy as np
+import pytest
+import torch
+
+from lmkit.data.shards import write_shards
+from lmkit.evaluation.bits_per_byte import bits_per_byte
+from lmkit.evaluation.held_out import HeldOut
+from lmkit.models.attention import packed_attention
+from lmkit.models.presets import ModelConfig, build_model
+from lmkit.tokenization.train import train_tokenizer
+
+DOCUMENTS = ["The owl had a drum and the fox had none. " * 4, "A bell!", "The fox gave the owl a bell. " * 3]
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    tokenizer = train_tokenizer(lambda: DOCUMENTS, vocab_size=384, allow_smaller_vocab=True)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(preset="nano", context_length=32), tokenizer)
+    model.get_input_embeddings().weight.data.normal_(std=0.5)
+    shards = write_shards(DOCUMENTS, tokenizer, tmp_path_factory.mktemp("shards"))
+    return model, HeldOut.start_of(shards, 10_000, tokenizer, context_length=32)
+
+
+def test_both_strides_are_scored_and_named(held):
+    model, text = held
+    found = text.scores(model) | text.unstrided_scores(model)
+    for stride, prefix in ((16, ""), (32, "unstrided_")):
+        options = {"stride": stride, "document_offsets": text.document_offsets}
+        wanted = bits_per_byte(model, text.tokens, text.tokenizer, 32, **options)
+        assert found[f"eval/{prefix}bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-6)
+        assert found[f"eval/{prefix}perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-6)
+    assert (found["eval/context_length"], found["eval/stride"]) == (32, 16)
+
+
+def test_the_documents_within_the_first_tokens_are_taken(held):
+    _, text = held
+    shards_of = type("S", (), {"tokens": text.tokens, "first_documents": lambda self, n: text.document_offsets[:2]})
+    first = HeldOut.start_of(shards_of(), 5, text.tokenizer, 32)
+    assert len(first.tokens) == text.document_offsets[1]
+
+
+def test_continuations_start_held_out_documents_and_do_not_disturb_training(held):
+    model, text = held
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with packed_attention(model):
+        rows = text.continuations(model)
+        assert model.config._attn_implementation == "lmkit"
+    assert torch.equal(torch.rand(3), expected)
+    assert rows[0]["prompt"] == ""
+    for row, document in zip(rows[1:], DOCUMENTS):
+        assert document.startswith(row["prompt"])
+        assert row["prompt"]
+    assert rows == text.continuations(model)
+    assert rows != text.continuations(model, seed=1)
+
+
+def test_a_continuation_fits_the_smallest_context(held):
+    model, text = held
+    small = HeldOut(text.tokens, np.array([0, len(text.tokens)]), text.tokenizer, context_length=4)
+    assert len(small.continuations(model)) == 2
