@@ -22,9 +22,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
-from lmkit.model_files import check_model_files
 from lmkit.generation.sampler import draw, reserved_cache
+from lmkit.model_files import check_model_files
 from lmkit.tokenization.chat import encode_text, render, stop_token_ids
+from lmkit.tokenization.read import read_tokenizer
 from lmkit.tracking import printable
 
 COLUMN_WIDTH = 48  # below this, answers are shown one after another instead of side by side
@@ -50,7 +51,7 @@ class Voice:
 
 def load_voice(name: str, path: Path) -> Voice:
     """The model and tokenizer of a folder, on the GPU when there is one; BadInput when it is not a language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model_files(path)
     kinds = AutoConfig.from_pretrained(path, local_files_only=True).architectures or []
@@ -59,7 +60,7 @@ def load_voice(name: str, path: Path) -> Voice:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = read_tokenizer(path)
     # A base model carries the chat template for the stages after it, but has never seen a conversation.
     return Voice(name, model, tokenizer, continues=name == "pretrain" or not tokenizer.chat_template)
 

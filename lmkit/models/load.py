@@ -6,13 +6,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lmkit.errors import BadInput
-from lmkit.model_files import check_model_files
+from lmkit.tokenization.read import read_tokenizer
 
 Device = str | torch.device
 
@@ -51,10 +50,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise BadInput(
             f"{path} is not a model directory: it has no config.json. Pass the folder save_pretrained wrote."
         )
-    check_model_files(path)
     if not (path / "tokenizer_config.json").is_file():
         raise BadInput(f"{path} has no tokenizer. Save it there with tokenizer.save_pretrained.")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = read_tokenizer(path)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise BadInput(
             f"The tokenizer of {path} has {'no pad token' if tokenizer.pad_token_id is None else 'pad = eos'}: a model "

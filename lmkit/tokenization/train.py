@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmkit.errors import BadInput
-from lmkit.model_files import check_model_files
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, byte_level_tokenizer
 from lmkit.tokenization.chat import CHAT_TEMPLATE
+from lmkit.tokenization.read import read_tokenizer
 from lmkit.tokenization.vocabulary import (
     END_OF_TEXT,
     MIN_VOCAB,
@@ -90,8 +90,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     path = Path(path)
     if not (path / "tokenizer.json").is_file():
         raise BadInput(f"{path} has no tokenizer.json. Give a directory that tokenizer.save_pretrained wrote.")
-    check_model_files(path)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise BadInput(
             f"The tokenizer in {path} has eos_token {tokenizer.eos_token!r} and pad_token {tokenizer.pad_token!r}; "
