@@ -1,9 +1,10 @@
 """Reward model: from pairs of completions to a model that scores one, trained from the SFT model.
 
 Reads   --model (the SFT model), --data (what the preferences stage wrote)
-Writes  output_dir/model: a sequence-classification model with one label, centred (see lmkit.models.heads.token_scores)
+Writes  output_dir/model: a sequence-classification model with one label, centred (see lmkit.models.heads.token_scores);
+        an ensemble of k also has output_dir/members/1/model to members/k-1/model, each a stage with a seed of its own.
 
-    python recipes/reward.py --train.learning_rate 2e-4
+    python recipes/reward.py --train.learning_rate 2e-4 --num_members 3
 """
 
 from pathlib import Path
@@ -13,9 +14,9 @@ from pydantic import field_validator
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.stage import Stage, run
+from lmkit.training.lora import LoraOptions
 from lmkit.training.train_block import check_train_block
 
-USEFUL_ACCURACY = 0.65
 TRAIN = {
     "num_train_epochs": 2,
     "per_device_train_batch_size": 16,
@@ -39,8 +40,12 @@ class RewardStageConfig(StageConfig):
     data: Path = source(Path("runs/tiny/preferences/data"), "pairs: train and heldout, as the preferences stage writes")
     max_length: int = setting(256, "longest prompt with completion in tokens", gt=0)
     on_truncation: str = setting("error", "pairs over max_length: error above 1 %, or drop", pattern="^(error|drop)$")
+    margin: str | None = setting(None, "column of the pairs by which the chosen score should be higher; empty: none")
+    center_on: Literal["pairs", "samples"] = setting("pairs", "mean score 0 on the pairs, or on samples of --model")
+    num_members: int = setting(1, "reward models to train, alike but for their seed", gt=0)
     learn_from: Literal["train", "heldout"] = setting("train", "the pairs to learn from; it is judged on the others")
     judge_dir: Path | None = knob(None, "where to train another one, first, on the pairs this one is judged on")
+    lora: LoraOptions = setting(LoraOptions(), "adapters, under peft's names")
     train: dict[str, Any] = setting(TRAIN, "options of trl.RewardConfig")
 
     @field_validator("train")
@@ -50,9 +55,13 @@ class RewardStageConfig(StageConfig):
 
 
 def main(config: RewardStageConfig) -> Path:
+    alone = {"judge_dir": None, "num_members": 1}
     if config.judge_dir is not None:  # a judge that PPO never climbs, for data without gold
-        other = {"learn_from": "heldout", "output_dir": config.judge_dir, "judge_dir": None}
-        main(config.model_copy(update=other))
+        main(config.model_copy(update=alone | {"learn_from": "heldout", "output_dir": config.judge_dir}))
+    members = []
+    for number in range(1, config.num_members):  # seeds far apart, so that runs of seeds 0, 1, 2 share no member
+        own = {"output_dir": config.output_dir / f"members/{number}", "seed": config.seed + 1000 * number}
+        members.append(main(config.model_copy(update=alone | own)))
     stage = Stage("reward", config)
     if stage.finished:
         return stage.directory
@@ -61,27 +70,25 @@ def main(config: RewardStageConfig) -> Path:
 
     from lmkit.data.encode import encode_pairs, show_counts
     from lmkit.data.formats import inspect_rows
-    from lmkit.evaluation.preference import wins
-    from lmkit.evaluation.reward_model import centre, judge
+    from lmkit.evaluation import reward_model as rm
     from lmkit.models.load import check_positions, load_reward_model
+    from lmkit.training.lora import merged, peft_config, quantization
     from lmkit.training.sealed import SealedCheckpoints, arguments, save_model, train
 
     class Trainer(SealedCheckpoints, RewardTrainer):
         pass
 
     with stage:
-        model, tokenizer = load_reward_model(config.model)
+        model, tokenizer = load_reward_model(config.model, **quantization(config.lora))
         check_positions(model, config.max_length)
         pairs = load_from_disk(str(config.data))
-        learnt, judged = pairs["train"], pairs["heldout"]
-        if config.learn_from == "heldout":
-            learnt, judged = judged, learnt
-        dataset, counts = encode_pairs(learnt, tokenizer, config.max_length, config.on_truncation)
-        heldout, heldout_counts = encode_pairs(judged, tokenizer, config.max_length, config.on_truncation)
+        judge_on = "heldout" if config.learn_from == "train" else "train"
+        learnt, judged = pairs[config.learn_from], pairs[judge_on]
+        limits = config.max_length, config.on_truncation, config.margin
+        dataset, counts = encode_pairs(learnt, tokenizer, *limits)
+        heldout, heldout_counts = encode_pairs(judged, tokenizer, *limits)
         stage.say(show_counts("pairs", inspect_rows(learnt, judged)))
-        stage.say(show_counts("for training", counts))
-        stage.say(show_counts("held out", heldout_counts))
-
+        stage.say(show_counts("for training", counts) + "\n" + show_counts("held out", heldout_counts))
         trainer = Trainer(
             stage,
             model=model,
@@ -89,27 +96,23 @@ def main(config: RewardStageConfig) -> Path:
             train_dataset=dataset,
             eval_dataset=heldout,
             processing_class=tokenizer,
+            peft_config=peft_config(config.lora, "SEQ_CLS"),
         )
         train(trainer)
-        centre(model, dataset)
-        metrics, bins = judge(model, heldout)
-        if "score_chosen" in judged.column_names:  # how often the labeler itself agrees with its noisy labels
-            metrics["ceiling"] = float(wins(judged["score_chosen"], judged["score_rejected"]).mean())
+        device = trainer.model.device
+        model = merged(trainer.model, lambda: load_reward_model(config.model, device)[0])
+        if config.center_on == "pairs":
+            rm.centre(model, rm.completions_of(dataset))
+        else:
+            rm.centre(model, rm.samples_of(config.model, learnt["prompt"], config.max_length, config.seed, device))
+        scores = rm.pair_scores(model, heldout)
+        metrics, bins = rm.judge(scores, heldout, judged)
+        others = [rm.pair_scores(load_reward_model(member / "model", device)[0], heldout) for member in members]
+        metrics |= rm.judge_ensemble([scores, *others])
+        stage.say(rm.summary(metrics))
+        save_model(trainer, model)
         metrics |= {f"pairs/{name}": value for name, value in counts.items()}
-        stage.say(
-            f"reward: held-out accuracy {metrics['accuracy']:.3f} "
-            f"[{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
-            + (f", annotators' ceiling {metrics['ceiling']:.3f}" if "ceiling" in metrics else "")
-            + f", calibration error {metrics['calibration_error']:.3f}"
-            + f", correlation with length {metrics['length_correlation']:.2f}"
-        )
-        if metrics["accuracy"] < USEFUL_ACCURACY:
-            stage.say(
-                f"warning: accuracy below {USEFUL_ACCURACY:.0%}: PPO on this reward model will not help. Give more "
-                "pairs, or pairs whose completions differ more clearly."
-            )
-        save_model(trainer)
-        stage.finish(metrics | {"calibration": bins})
+        stage.finish(metrics | {"calibration": bins, "most_wrong": rm.most_wrong(scores, heldout, judged)})
     return stage.directory
 
 

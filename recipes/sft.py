@@ -1,9 +1,9 @@
 """Supervised fine-tuning: from a pretrained model and demonstrations to a model that answers and stops.
 
 Reads   --model (a pretrained model with its tokenizer), --data (rows with a prompt and a completion)
-Writes  output_dir/model, metrics.jsonl, samples.jsonl
+Writes  output_dir/model (adapters are merged into it), metrics.jsonl, samples.jsonl
 
-    python recipes/sft.py --train.learning_rate 5e-4
+    python recipes/sft.py --train.learning_rate 5e-4 --lora.r 16
     accelerate launch recipes/sft.py --config my.yaml
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
-from lmkit.stage import Stage, is_main, run
+from lmkit.stage import Stage, run
+from lmkit.training.lora import LoraOptions
 from lmkit.training.train_block import check_train_block
 
 DATA, EVAL_DATA = "data/tales/sft.jsonl.gz", "data/tales/sft.validation.jsonl.gz"
@@ -40,10 +41,10 @@ class SFTStageConfig(StageConfig):
     eval_data: str | list[str] | None = source(EVAL_DATA, "held-out demonstrations; of data of your own: a share")
     eval_fraction: float = setting(0.05, "the share held out when no eval_data is given", gt=0, lt=1)
     mapping: dict[str, str] = setting({}, "columns of the files to prompt and completion, where not recognised")
+    assistant_only_loss: bool = setting(False, "learn the assistant's earlier turns too, not the last one alone")
     max_length: int = setting(256, "longest row in tokens", gt=0)
-    on_truncation: str = setting(
-        "error", "rows over max_length: error above 1 %, drop, or cut", pattern="error|drop|cut"
-    )
+    on_truncation: str = setting("error", "longer rows: error above 1 %, drop, or cut", pattern="^(error|drop|cut)$")
+    lora: LoraOptions = setting(LoraOptions(), "adapters, under peft's names")
     train: dict[str, Any] = setting(TRAIN, "options of trl.SFTConfig")
 
     @model_validator(mode="before")
@@ -64,52 +65,53 @@ def main(config: SFTStageConfig) -> Path:
         return stage.directory
     from trl import SFTConfig, SFTTrainer
 
-    from lmkit.data.encode import encode_demonstrations, shortest_prompt, show_counts
+    from lmkit.data.encode import encode_demonstrations, short_prompts, show_counts
     from lmkit.data.formats import inspect_rows
     from lmkit.data.sources import load_demonstrations
     from lmkit.generation.complete import complete
     from lmkit.models.load import check_positions, load_language_model
     from lmkit.tokenization.chat import stop_token_ids
-    from lmkit.tracking import append
+    from lmkit.training.lora import merged, peft_config, quantization
     from lmkit.training.sealed import SealedCheckpoints, arguments, final_evaluation, save_model, train
 
     class Trainer(SealedCheckpoints, SFTTrainer):
         pass
 
     with stage:
-        model, tokenizer = load_language_model(config.model)
-        check_positions(model, config.max_length)
-        ids = {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        model.generation_config.update(do_sample=True, **ids)
         rows = load_demonstrations(config.data, config.mapping)
         if config.eval_data is None:
-            split = rows.train_test_split(config.eval_fraction, seed=config.seed)
-            rows, eval_rows = split["train"], split["test"]
+            rows, eval_rows = rows.train_test_split(config.eval_fraction, seed=config.seed).values()
         else:
             eval_rows = load_demonstrations(config.eval_data, config.mapping)
-        dataset, counts = encode_demonstrations(rows, tokenizer, config.max_length, config.on_truncation)
-        eval_dataset, eval_counts = encode_demonstrations(eval_rows, tokenizer, config.max_length, config.on_truncation)
+        model, tokenizer = load_language_model(config.model, **quantization(config.lora))
+        check_positions(model, config.max_length)
+        limits = config.max_length, config.on_truncation, config.assistant_only_loss
+        dataset, counts = encode_demonstrations(rows, tokenizer, *limits)
+        eval_dataset, eval_counts = encode_demonstrations(eval_rows, tokenizer, *limits)
         stage.say(show_counts("demonstrations", inspect_rows(rows, eval_rows)))
-        stage.say(show_counts("for training", counts))
-        stage.say(show_counts("held out", eval_counts))
+        stage.say(show_counts("for training", counts) + "\n" + show_counts("held out", eval_counts))
+        prompts, room = short_prompts(eval_rows, tokenizer, config.max_length)
+
+        def sample() -> list[dict]:
+            drawn = complete(trainer.model, tokenizer, prompts, max_new_tokens=room, seed=config.seed)
+            return [{"prompt": prompt, "completion": one.text} for prompt, one in zip(prompts, drawn)]
 
         trainer = Trainer(
             stage,
             model=model,
-            args=arguments(SFTConfig, config.train, stage),
+            args=arguments(SFTConfig, config.train, stage, config.max_length if config.train.get("packing") else None),
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            peft_config=peft_config(config.lora, "CAUSAL_LM"),
         )
-        train(trainer)
-        loss, step = final_evaluation(trainer)["eval_loss"], trainer.state.global_step
-        stage.say(f"sft: held-out loss {loss:.4f} after {step} steps")
-        prompt, room = shortest_prompt(eval_rows, tokenizer, config.max_length)
-        sample = complete(model, tokenizer, [prompt], max_new_tokens=room, seed=config.seed)[0]
-        stage.say(f"sample: {prompt} -> {sample.text}")
-        if is_main():
-            append(stage.directory / "samples.jsonl", [{"step": step, "prompt": prompt, "completion": sample.text}])
-        save_model(trainer)
+        train(trainer, sample)
+        loss = final_evaluation(trainer)["eval_loss"]
+        stage.say(f"sft: held-out loss {loss:.4f} after {trainer.state.global_step} steps")
+        model = merged(trainer.model, lambda: load_language_model(config.model, trainer.model.device)[0])
+        ids = {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config.update(do_sample=True, **ids)
+        save_model(trainer, model)
         stage.finish({"eval_loss": loss, **{f"rows/{name}": count for name, count in counts.items()}})
     return stage.directory
 

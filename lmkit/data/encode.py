@@ -3,6 +3,7 @@
 Ids come from `lmkit.tokenization.chat.render`, so no text becomes a special token; a row that does not fit is counted.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,13 +19,18 @@ MAX_LOST = 0.01
 
 
 def encode_demonstrations(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, on_truncation: OnTruncation = "error"
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_truncation: OnTruncation = "error",
+    assistant_only_loss: bool = False,
 ) -> tuple[Dataset, dict[str, int]]:
     """Columns `input_ids` and `labels` from `prompt` and `completion` (texts or messages), and counts.
 
-    Labels are -100 on the prompt and the ids themselves on the completion, its stop token included. A row longer than
-    `max_length` is dropped; with "error" more than 1 % of them is BadInput, with "cut" such a row keeps its first
-    `max_length` ids, and is dropped only when no completion token is among them.
+    Labels are the ids themselves on the completion, its stop token included, and -100 on the prompt, but for the
+    assistant's earlier turns where `assistant_only_loss` counts those too. A row longer than `max_length` is dropped;
+    with "error" more than 1 % of them is BadInput, with "cut" such a row keeps its first `max_length` ids, and is
+    dropped only when no completion token is among them. BadInput when no row is left that teaches the model to stop.
     """
     stops, examples, num_long = set(stop_token_ids(tokenizer)), [], 0
     lengths = []
@@ -37,31 +43,69 @@ def encode_demonstrations(
         lengths.append(len(prompt_ids) + len(completion_ids))
         num_long += lengths[-1] > max_length
         if lengths[-1] <= max_length or (on_truncation == "cut" and len(prompt_ids) < max_length):
-            labels = [-100] * len(prompt_ids) + completion_ids
+            before = _assistant_labels(tokenizer, row["prompt"], prompt_ids) if assistant_only_loss else None
+            labels = (before or [-100] * len(prompt_ids)) + completion_ids
             examples.append({"input_ids": (prompt_ids + completion_ids)[:max_length], "labels": labels[:max_length]})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
-    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long)
+    num_stopped = sum(example["labels"][-1] in stops for example in examples)
+    if num_stopped == 0:
+        raise BadInput(
+            f"all {len(examples):,} rows are cut off at max_length {max_length}, so the model would never learn to "
+            "stop. Raise --max_length."
+        )
+    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long) | {"taught_to_stop": num_stopped}
+
+
+def _assistant_labels(tokenizer: PreTrainedTokenizerBase, prompt: Any, prompt_ids: list[int]) -> list[int]:
+    """Labels of a prompt's ids: the assistant's turns in it, each with its stop token, and -100 elsewhere."""
+    labels = [-100] * len(prompt_ids)
+    for number, message in enumerate([] if isinstance(prompt, str) else prompt):
+        if message["role"] != "assistant":
+            continue
+        before, answer = render(tokenizer, prompt[:number], message["content"])
+        if prompt_ids[: len(before) + len(answer)] != before + answer:
+            raise BadInput(
+                f"The chat template of {tokenizer.name_or_path} writes an assistant's earlier turns otherwise than its "
+                "last one, so they cannot be learnt from. Leave out --assistant_only_loss."
+            )
+        labels[len(before) : len(before) + len(answer)] = answer
+    return labels
 
 
 def encode_pairs(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, on_truncation: OnTruncation = "error"
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_truncation: OnTruncation = "error",
+    margin: str | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Columns `chosen_ids` and `rejected_ids` from `prompt`, `chosen` and `rejected`, and counts.
+    """Columns `chosen_ids`, `rejected_ids` and `row` from `prompt`, `chosen` and `rejected`, and counts.
 
+    row: the number of the row a pair came from. margin: a column with how much better the chosen completion is; it
+    becomes the column `margin`, by which TRL's loss wants the scores to differ. BadInput names a row that has none.
     A pair with a sequence longer than `max_length` is dropped ("cut" is not offered: a reward model scores the stop
     token); with "error" more than 1 % of them is BadInput. Pairs of one same completion are dropped and counted.
     """
     examples, lengths, num_long, num_equal = [], [], 0, 0
-    for row in rows:
+    if margin is not None and margin not in rows.column_names:
+        raise BadInput(f"the pairs have no column {margin!r}; found {', '.join(rows.column_names)}. Change --margin.")
+    for number, row in enumerate(rows):
         prompt_ids, chosen_ids = render(tokenizer, row["prompt"], row["chosen"])
         _, rejected_ids = render(tokenizer, row["prompt"], row["rejected"])
         lengths.append(len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)))
         num_long += lengths[-1] > max_length
         num_equal += chosen_ids == rejected_ids
         if lengths[-1] <= max_length and chosen_ids != rejected_ids:
-            examples.append({"chosen_ids": prompt_ids + chosen_ids, "rejected_ids": prompt_ids + rejected_ids})
+            example = {"chosen_ids": prompt_ids + chosen_ids, "rejected_ids": prompt_ids + rejected_ids, "row": number}
+            examples.append(example if margin is None else example | {"margin": _number(row[margin], margin, number)})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
     return Dataset.from_list(examples), _counts(len(examples), lengths, num_long) | {"equal": num_equal}
+
+
+def _number(value: Any, name: str, row: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadInput(f"row {row} of the pairs has {value!r} in the column {name}; wanted a finite number.")
+    return float(value)
 
 
 def _check_kept(num_kept: int, lengths: Sequence[int], num_long: int, max_length: int, on_truncation: str) -> None:
@@ -99,8 +143,11 @@ def show_counts(name: str, counts: dict[str, int]) -> str:
     return f"{name}: {', '.join(rest)}"
 
 
-def shortest_prompt(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Any, int]:
-    """The prompt with the fewest tokens among the first rows, and how many tokens `max_length` leaves for an answer."""
-    prompts = rows["prompt"][:64]
+def short_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num: int = 4
+) -> tuple[list[Any], int]:
+    """The prompts with the fewest tokens among the first rows, and how many `max_length` leaves for an answer."""
+    prompts = list({str(prompt): prompt for prompt in rows["prompt"][:64]}.values())
     lengths = [len(render(tokenizer, prompt)[0]) for prompt in prompts]
-    return prompts[int(np.argmin(lengths))], max(max_length - min(lengths), 1)
+    shortest = np.argsort(lengths, kind="stable")[:num]
+    return [prompts[i] for i in shortest], max(max_length - lengths[shortest[-1]], 1)

@@ -3,6 +3,7 @@
 Pure functions on numbers; a score is one number per completion, P prompts, n samples per prompt.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -103,6 +104,29 @@ def correlation(scores: ArrayLike, lengths: ArrayLike) -> float:
     if np.ptp(scores) == 0 or np.ptp(lengths) == 0:
         return 0.0
     return float(np.corrcoef(scores, lengths)[0, 1])
+
+
+def is_weak(accuracy: float, ceiling: float) -> bool:
+    """Whether an accuracy on pairs has gone less than half of the way from chance to the most that the labels allow.
+
+    An accuracy by itself says little: 0.65 is poor where annotators never err and as good as any where they agree with
+    themselves on two pairs in three.
+
+    >>> is_weak(0.65, ceiling=1.0), is_weak(0.65, ceiling=0.7)
+    (True, False)
+    """
+    return accuracy - 0.5 < (ceiling - 0.5) / 2
+
+
+def member_agreement(margins: ArrayLike) -> float:
+    """How often two members of an ensemble order a pair alike: the mean over all two of the K. margins: [K, P], K > 1.
+
+    >>> member_agreement([[1.0, 2.0, -1.0, 3.0], [2.0, -1.0, -1.0, 1.0]])
+    0.75
+    """
+    signs = np.sign(np.asarray(margins, dtype=float))
+    alike = [(one == other).mean() for one, other in itertools.combinations(signs, 2)]
+    return float(np.mean(alike))
 
 
 def best_of(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Loading a model directory with its tokenizer: from the disk only, in float32, after checking that the two fit."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,30 +18,37 @@ Device = str | torch.device
 
 
 def load_language_model(
-    path: Path, device: str | torch.device = "cpu"
+    path: Path, device: str | torch.device = "cpu", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer. Raises BadInput when the directory lacks or mismatches either."""
+    """A causal language model and its tokenizer. Raises BadInput when the directory lacks or mismatches either.
+
+    options: those of `from_pretrained` that place the weights themselves, as in `lmkit.training.lora.quantization`.
+    """
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return _matched(model, tokenizer, path).to(device), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, **options)
+    return _placed(_matched(model, tokenizer, path), device, options), tokenizer
 
 
 def load_reward_model(
-    path: Path, device: str | torch.device = "cpu"
+    path: Path, device: str | torch.device = "cpu", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model with one label and its tokenizer.
+    """A sequence-classification model with one label and its tokenizer; options as in `load_language_model`.
 
     From the directory of a language model the head is new: zero, so that every score starts at 0.
     """
     tokenizer = load_tokenizer(path)
     model, report = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
     if "score.weight" in report["missing_keys"]:
         torch.nn.init.zeros_(model.score.weight)
     # The stock forward finds the last token of a padded row by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _matched(model, tokenizer, path).to(device), tokenizer
+    return _placed(_matched(model, tokenizer, path), device, options), tokenizer
+
+
+def _placed(model: PreTrainedModel, device: str | torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    return model if "device_map" in options else model.to(device)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

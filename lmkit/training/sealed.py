@@ -11,11 +11,12 @@ at any moment leaves the checkpoint before it; resuming takes the newest one tha
 import contextlib
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import set_seed
 
 from lmkit import processes
@@ -25,16 +26,17 @@ from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 from lmkit.training.checkpoint import check_finite, num_bytes
 
+Sampler = Callable[[], Sequence[Mapping[str, Any]]]
 SHOWN_FIRST = ("loss", "accuracy", "mean_token_accuracy")
 # What the Hugging Face trainer logs about its own speed; the tracker has the clock.
 UNTRACKED = ("_runtime", "_per_second", "num_tokens", "total_flos", "train_loss", "epoch")
 
 
-def arguments(cls: type, train: dict[str, Any], stage: Stage) -> Any:
+def arguments(cls: type, train: dict[str, Any], stage: Stage, max_length: int | None = None) -> Any:
     """The `SFTConfig` or `RewardConfig` of a stage: what fits the device, then `train`, then what the stage decides.
 
     Without a GPU training is in float32 on the CPU; with one that can, in bfloat16. Raises BadInput when the class
-    refuses the values.
+    refuses the values. max_length: of a row into which several are packed; rows that are not packed fit already.
     """
     processes.join()  # transformers would wait for a hung process for half an hour on a CPU
     gpu = torch.cuda.is_available()
@@ -49,7 +51,7 @@ def arguments(cls: type, train: dict[str, Any], stage: Stage) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        "max_length": None,  # rows are given as ids that fit already
+        "max_length": max_length,
     }
     try:
         with warnings.catch_warnings():
@@ -114,10 +116,10 @@ class SealedCheckpoints:
 
 
 class _Progress(TrainerCallback):
-    """Passes what the trainer logs to the tracker, and a signal to the trainer."""
+    """Passes what the trainer logs to the tracker, samples when it evaluates, and a signal to the trainer."""
 
-    def __init__(self, trainer: SealedCheckpoints, cleanup: contextlib.ExitStack):
-        self.trainer, self.cleanup, self.num_tokens = trainer, cleanup, 0
+    def __init__(self, trainer: SealedCheckpoints, cleanup: contextlib.ExitStack, sample: Sampler | None):
+        self.trainer, self.cleanup, self.sample, self.num_tokens = trainer, cleanup, sample, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         stage = self.trainer.stage
@@ -139,6 +141,12 @@ class _Progress(TrainerCallback):
             self.num_tokens += tokens
             self.tracker.log(state.global_step, metrics, tokens=tokens if "loss" in metrics else None)
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.sample is not None and self.trainer.accelerator.is_main_process:
+            rows = self.sample()
+            self.tracker.sample(state.global_step, rows)
+            self.trainer.stage.say(f"sample: {rows[0]['prompt']} -> {rows[0]['completion']}")
+
     def on_step_end(self, args, state, control, **kwargs):
         if any_process(self.trainer.stage.stop_requested(), self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
@@ -151,8 +159,11 @@ def any_process(flag: bool, accelerator: Any) -> bool:
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device)).item())
 
 
-def train(trainer: SealedCheckpoints) -> None:
+def train(trainer: SealedCheckpoints, sample: Sampler | None = None) -> None:
     """Trains to the last step, from the newest checkpoint that verifies if there is one.
+
+    sample: gives rows of prompt and completion for samples.jsonl; the main process calls it at each evaluation, and it
+        must leave the random state as it was.
 
     Raises Interrupted after saving when a signal asked to stop, Stopped when a gradient is not finite.
     """
@@ -167,7 +178,7 @@ def train(trainer: SealedCheckpoints) -> None:
             return
     set_seed(trainer.args.seed)
     with contextlib.ExitStack() as cleanup:
-        trainer.add_callback(_Progress(trainer, cleanup))
+        trainer.add_callback(_Progress(trainer, cleanup, sample))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Exception as error:
@@ -184,13 +195,17 @@ def final_evaluation(trainer: SealedCheckpoints) -> dict[str, float]:
     return next((row for row in logged if "eval_loss" in row), None) or trainer.evaluate()
 
 
-def save_model(trainer: SealedCheckpoints, artifact: str = "model") -> None:
-    """Seals the trained model with its tokenizer as an artifact of the stage; every process calls it."""
+def save_model(trainer: SealedCheckpoints, model: PreTrainedModel | None = None) -> None:
+    """Seals the trained model, or `model` in its stead, with its tokenizer as an artifact; every process calls it."""
     stage, main = trainer.stage, trainer.accelerator.is_main_process
     check_finite(dict(trainer.model.named_parameters()))
-    folder = stage.directory / f".staging-{artifact}"
-    with stage.seal(artifact) if main else contextlib.nullcontext():
+    folder = stage.directory / ".staging-model"
+    with stage.seal("model") if main else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(folder))  # gathers the weights where they are sharded
+        if model is None or model is trainer.model:
+            trainer.save_model(str(folder))  # gathers the weights where they are sharded
+        elif main:
+            model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
         trainer.accelerator.wait_for_everyone()
         (folder / "training_args.bin").unlink(missing_ok=True)

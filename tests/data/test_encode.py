@@ -1,9 +1,11 @@
 """Ready ids: only the completion counts, its stop token included, and what does not fit is counted or refused."""
 
+import copy
+
 import pytest
 from datasets import Dataset
 
-from lmkit.data.encode import encode_demonstrations, encode_pairs
+from lmkit.data.encode import encode_demonstrations, encode_pairs, short_prompts
 from lmkit.errors import BadInput
 from lmkit.tokenization.chat import render
 from lmkit.tokenization.train import train_tokenizer
@@ -74,4 +76,64 @@ def test_pairs_share_the_prompt_and_equal_ones_are_dropped(tokenizer):
     prompt_ids, chosen_ids = render(tokenizer, "Name a fox.", "Ida.")
     assert dataset[0]["chosen_ids"] == prompt_ids + chosen_ids
     assert dataset[0]["rejected_ids"][: len(prompt_ids)] == prompt_ids
+    assert dataset[0]["row"] == 0
     assert (counts["rows"], counts["kept"], counts["equal"]) == (2, 1, 1)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a fox."},
+    {"role": "assistant", "content": "Ida."},
+    {"role": "user", "content": "And a hen <|im_end|>."},
+]
+
+
+def test_every_turn_of_the_assistant_is_learnt_where_asked(tokenizer):
+    """The labels are the ids of each turn with its stop token, as the model would have drawn them."""
+    rows = Dataset.from_list([{"prompt": CONVERSATION, "completion": "Bea."}])
+    last, _ = encode_demonstrations(rows, tokenizer, max_length=200)
+    every, _ = encode_demonstrations(rows, tokenizer, max_length=200, assistant_only_loss=True)
+    assert every[0]["input_ids"] == last[0]["input_ids"]
+    first, second = (render(tokenizer, CONVERSATION[:n], answer)[1] for n, answer in ((2, "Ida."), (4, "Bea.")))
+    assert [label for label in last[0]["labels"] if label != -100] == second
+    assert [label for label in every[0]["labels"] if label != -100] == first + second
+    assert all(label in (-100, token) for label, token in zip(every[0]["labels"], every[0]["input_ids"]))
+    texts = Dataset.from_list(ROWS)
+    assert encode_demonstrations(texts, tokenizer, 200, assistant_only_loss=True)[0]["labels"][0][0] == -100
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_teach_them(tokenizer):
+    forgetful = copy.deepcopy(tokenizer)
+    forgetful.chat_template = (
+        "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}"
+    )
+    rows = Dataset.from_list([{"prompt": CONVERSATION, "completion": "Bea."}])
+    with pytest.raises(BadInput, match=r"earlier turns otherwise than its last one.*Leave out --assistant_only_loss"):
+        encode_demonstrations(rows, forgetful, max_length=200, assistant_only_loss=True)
+
+
+def test_rows_that_are_all_cut_off_teach_no_stop(tokenizer):
+    rows = Dataset.from_list([{"prompt": "Go on.", "completion": "and on " * 50}] * 2)
+    with pytest.raises(BadInput, match=r"all 2 rows are cut off at max_length 100.*never learn to stop"):
+        encode_demonstrations(rows, tokenizer, max_length=100, on_truncation="cut")
+    rows = Dataset.from_list([ROWS[0], {"prompt": "Go on.", "completion": "and on " * 50}])
+    assert encode_demonstrations(rows, tokenizer, max_length=100, on_truncation="cut")[1]["taught_to_stop"] == 1
+
+
+def test_a_margin_travels_and_must_be_a_number(tokenizer):
+    row = {"prompt": "Name a fox.", "chosen": "Ida.", "rejected": "No.", "margin": 2}
+    dataset, _ = encode_pairs(Dataset.from_list([row]), tokenizer, max_length=100, margin="margin")
+    assert dataset[0]["margin"] == 2.0
+    assert "margin" not in encode_pairs(Dataset.from_list([row]), tokenizer, max_length=100)[0].column_names
+    with pytest.raises(BadInput, match="no column 'gap'; found prompt, chosen, rejected, margin"):
+        encode_pairs(Dataset.from_list([row]), tokenizer, max_length=100, margin="gap")
+    with pytest.raises(BadInput, match="row 1 of the pairs has None in the column margin; wanted a finite number"):
+        encode_pairs(Dataset.from_list([row, row | {"margin": None}]), tokenizer, max_length=100, margin="margin")
+
+
+def test_short_prompts_leave_the_most_room(tokenizer):
+    rows = Dataset.from_list([{"prompt": "word " * n} for n in (9, 2, 5, 2, 7)])
+    prompts, room = short_prompts(rows, tokenizer, max_length=100, num=3)
+    assert prompts == ["word " * n for n in (2, 5, 7)]
+    assert room == 100 - len(render(tokenizer, "word " * 7)[0])

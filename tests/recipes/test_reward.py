@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import reward
 import torch
 from datasets import Dataset, DatasetDict
 from reward import RewardStageConfig, main
@@ -13,10 +12,12 @@ from transformers import AutoModelForSequenceClassification
 from lmkit.artifact import seal
 from lmkit.config import load
 from lmkit.errors import BadInput, Interrupted
+from lmkit.evaluation.reward_model import samples_of
 from lmkit.models.heads import last_token_scores
 from lmkit.models.load import load_reward_model
 from lmkit.stage import Stage, read_record
 from lmkit.tokenization.chat import render
+from lmkit.tracking import read_jsonl
 
 TRAIN = {
     "num_train_epochs": 1.0,
@@ -60,11 +61,15 @@ def test_an_easy_preference_is_learnt_and_measured(nano, data, tmp_path, capsys)
     assert metrics["accuracy"] == pytest.approx(0.9, abs=0.03)
     assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
     assert metrics["ceiling"] == pytest.approx(0.9, abs=0.03)
-    assert {"calibration_error", "length_correlation", "accuracy_like_length"} <= metrics.keys()
+    assert metrics["accuracy_noiseless"] == pytest.approx(1.0, abs=0.03)
+    assert {"calibration_error", "length_correlation", "accuracy_like_length_low"} <= metrics.keys()
     assert sum(b["count"] for b in metrics["calibration"]) == metrics["num_heldout"] == 50
     said = capsys.readouterr().out
     assert "annotators' ceiling" in said
-    assert "will not help" not in said
+    assert "warning" not in said
+    wrong = metrics["most_wrong"]
+    assert all(row["score"]["chosen"] < row["score"]["rejected"] for row in wrong)
+    assert all(row["chosen"].startswith("No") and row["rejected"].startswith("Yes") for row in wrong)
 
 
 def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):
@@ -81,10 +86,58 @@ def test_scores_are_centred_in_a_plain_directory(nano, data, tmp_path):
     assert logit - offset == pytest.approx(float(scores[0]), abs=1e-4)
 
 
-def test_a_weak_reward_model_is_a_warning(nano, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reward, "USEFUL_ACCURACY", 0.99)
-    main(config(nano, data, tmp_path / "reward"))
-    assert "warning: accuracy below 99%: PPO on this reward model will not help" in capsys.readouterr().out
+def test_a_weak_reward_model_is_a_warning(nano, data, tmp_path, capsys):
+    pairs = DatasetDict.load_from_disk(str(data))
+    turned = {"chosen": pairs["train"]["rejected"], "rejected": pairs["train"]["chosen"]}
+    pairs["train"] = Dataset.from_dict({"prompt": pairs["train"]["prompt"], **turned})
+    with seal(tmp_path / "data") as staging:
+        pairs.save_to_disk(staging)
+    main(config(nano, tmp_path / "data", tmp_path / "reward"))
+    assert "that the labels allow: expect little of PPO on it. Give more pairs" in capsys.readouterr().out
+
+
+def test_an_ensemble_is_plain_directories_that_differ_by_seed(nano, data, tmp_path, capsys):
+    few = {"train": {"max_steps": 4}}
+    directory = main(config(nano, data, tmp_path / "reward", num_members=2, **few))
+    metrics, member = read_record(directory)["metrics"], directory / "members/1"
+    assert 0 < metrics["member_agreement"] <= 1
+    assert metrics["accuracy_members_mean_low"] <= metrics["accuracy_members_mean"]
+    assert "members agree on" in capsys.readouterr().out
+    weights = [load_reward_model(folder / "model")[0].score.weight for folder in (directory, member)]
+    assert not torch.equal(*weights)
+    alone = main(config(nano, data, tmp_path / "alone", seed=1000, **few))
+    assert (alone / "model/model.safetensors").read_bytes() == (member / "model/model.safetensors").read_bytes()
+    assert read_record(alone)["metrics"] == read_record(member)["metrics"]
+
+
+def test_adapters_end_in_a_plain_reward_model(nano, data, tmp_path):
+    lora = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+    directory = main(config(nano, data, tmp_path / "reward", lora=lora, train={"learning_rate": 1e-2}))
+    assert read_record(directory)["metrics"]["accuracy"] > 0.6
+    before, after = (load_reward_model(folder)[0].state_dict() for folder in (nano / "model", directory / "model"))
+    changed = {name.split(".")[-2] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"q_proj", "v_proj", "score"}
+
+
+def test_scores_can_be_centred_on_samples_of_the_sft_model(nano, data, tmp_path):
+    directory = main(config(nano, data, tmp_path / "reward", center_on="samples", max_length=64))
+    prompts = DatasetDict.load_from_disk(str(data))["train"]["prompt"]
+    drawn = samples_of(nano / "model", prompts, max_length=64, seed=0)
+    assert len(drawn) == 128
+    scores = last_token_scores(load_reward_model(directory / "model")[0], drawn)
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(BadInput, match=r"none of the 2 prompts has at most 4 tokens.*--max_length 8"):
+        samples_of(nano / "model", prompts[:2], max_length=8, seed=0)
+
+
+def test_a_margin_asks_for_a_larger_distance(nano, data, tmp_path):
+    """The loss of untrained scores, all zero, is log(1 + exp(margin)) instead of log 2."""
+    pairs = DatasetDict.load_from_disk(str(data))
+    with seal(tmp_path / "data") as staging:
+        pairs.map(lambda row: {"gap": 2.0}, keep_in_memory=True).save_to_disk(staging)
+    train = {"learning_rate": 1e-9, "max_steps": 1}
+    directory = main(config(nano, tmp_path / "data", tmp_path / "reward", margin="gap", train=train))
+    assert read_jsonl(directory / "metrics.jsonl")[0]["loss"] == pytest.approx(float(np.logaddexp(0, 2.0)), abs=1e-3)
 
 
 def test_stopping_and_going_on_gives_the_same_model(nano, data, tmp_path, monkeypatch):
