@@ -4,15 +4,18 @@ Reads   --model (the SFT model), --reward (a reward model's directory, or module
 Writes  output_dir/model (the policy), output_dir/value (the critic, a sequence-classification model), metrics.jsonl,
         samples.jsonl
 
-    python recipes/ppo.py --train.kl_coef 0.1
     python recipes/ppo.py --reward my_rewards:politeness --prompts prompts.jsonl
+    python recipes/ppo.py --train.kl_coef 0.1 --lora.r 16                    # adapters, one frozen base in memory
 """
 
 from pathlib import Path
 
+from pydantic import field_validator
+
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.rl.config import PPOConfig
 from lmkit.stage import Stage, is_main, run
+from lmkit.training.lora import LoraOptions, peft_config
 
 TRAIN = PPOConfig(
     total_episodes=60 * 64,
@@ -36,11 +39,20 @@ TRAIN = PPOConfig(
 class PPOStageConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/ppo"), "where the stage writes")
     model: Path = source(Path("runs/tiny/sft/model"), "model to start from, and the reference of the KL penalty")
-    reward: str = source("runs/tiny/reward/model", "reward model's directory, or module:function(prompts, completions)")
+    reward: str | list[str] = source("runs/tiny/reward/model", "reward model's directory, module:function, or several")
     prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to learn on")
     eval_prompts: str | list[str] | None = source("data/tales/prompts.heldout.jsonl.gz", "held-out prompts, or none")
     num_eval_prompts: int = setting(64, "how many of them at each evaluation, from the first", gt=0)
+    ptx: str | None = source(None, "for train.ptx_coef: a folder of token shards, or files of prompt and completion")
+    lora: LoraOptions = setting(LoraOptions(), "adapters on a frozen model that is the reference as well")
     train: PPOConfig = setting(TRAIN, "options of PPO")
+
+    @field_validator("lora")
+    @classmethod
+    def _in_full_precision(cls, lora: LoraOptions) -> LoraOptions:
+        if lora.load_in_4bit:
+            raise ValueError("load_in_4bit is not for PPO: its base also is the reference, in full precision")
+        return lora
 
 
 def main(config: PPOStageConfig) -> Path:
@@ -50,6 +62,7 @@ def main(config: PPOStageConfig) -> Path:
     from lmkit.data.sources import load_prompts
     from lmkit.evaluation.preference import component_means, gold_scores
     from lmkit.models.load import load_language_model
+    from lmkit.rl.ptx import load_text
     from lmkit.rl.trainer import PPOTrainer
 
     def gold(rows: list[dict], completions: list[str]) -> dict[str, float]:
@@ -70,6 +83,8 @@ def main(config: PPOStageConfig) -> Path:
             train_dataset=prompts,
             eval_dataset=heldout and heldout.select(range(min(config.num_eval_prompts, len(heldout)))),
             processing_class=tokenizer,
+            peft_config=peft_config(config.lora, "CAUSAL_LM"),
+            ptx_dataset=load_text(config.ptx, model, tokenizer) if config.ptx else None,
             output_dir=stage.directory,
             evaluation=gold,
             seed=config.seed,
@@ -80,7 +95,8 @@ def main(config: PPOStageConfig) -> Path:
         train = config.train
         stage.say(
             f"{len(prompts):,} prompts, {train.num_iterations} iterations of {train.rollout_batch_size} completions "
-            f"and {train.num_ppo_epochs} x {train.num_mini_batches} updates, {train.critic} critic"
+            f"and {train.num_ppo_epochs} x {train.num_mini_batches} updates, "
+            f"{'no' if train.advantage_estimator == 'rloo' else train.critic} critic"
         )
         metrics = trainer.train(resume_from_checkpoint=True)
         stage.say(
@@ -93,8 +109,9 @@ def main(config: PPOStageConfig) -> Path:
         if is_main():
             with stage.seal("model") as folder:
                 trainer.save_model(folder)
-            with stage.seal("value") as folder:
-                trainer.save_value_model(folder)
+            if train.advantage_estimator == "gae":
+                with stage.seal("value") as folder:
+                    trainer.save_value_model(folder)
         stage.finish(metrics)
     return stage.directory
 

@@ -5,6 +5,7 @@ weight of the completions, however long either is.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmkit.data.blocks import Blocks
+from lmkit.data.encode import encode_demonstrations
+from lmkit.data.shards import Shards
+from lmkit.data.sources import load_demonstrations
 from lmkit.errors import BadInput
 from lmkit.rl.config import PPOConfig
 
@@ -46,6 +52,16 @@ class Demonstrations:
         input_ids = pad_sequence([torch.tensor(ids[:-1]) for ids in rows["input_ids"]], batch_first=True)
         labels = [torch.tensor(labels[1:]) for labels in rows["labels"]]
         return {"input_ids": input_ids, "labels": pad_sequence(labels, batch_first=True, padding_value=-100)}
+
+
+def load_text(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Token shards (the folder of one split, made with the same tokenizer), or demonstrations of which those fit."""
+    positions = getattr(model.config, "max_position_embeddings", 1024)
+    if (Path(source) / "meta.json").is_file():
+        shards = Shards.open(source)
+        shards.check_tokenizer(tokenizer)
+        return Blocks(shards, positions)
+    return Demonstrations(encode_demonstrations(load_demonstrations(source), tokenizer, positions)[0])
 
 
 def add_gradients(

@@ -63,7 +63,7 @@ class PPOTrainer:
     value_model: the critic where args.critic is "separate"; a copy of the reward model when not given.
     peft_config: a peft.LoraConfig. `model` is frozen then and serves the policy, the reference and the critic (and the
         reward, where that is a directory with a LoRA adapter of the same model), with adapters of their own or none.
-    ptx_dataset: text for args.ptx_coef: rows as `encode_demonstrations` makes them, or `Blocks` of token shards.
+    ptx_dataset: text for args.ptx_coef: rows as `encode_demonstrations` makes them, or what `rl.ptx.load_text` gives.
     output_dir: metrics.jsonl, samples.jsonl, checkpoints/ and what is saved without a name are written there.
     evaluation: (rows, completions as texts) -> metrics, added to those of `evaluate`; rows are dicts of eval_dataset.
     seed: of every random choice. report_to: Accelerate's trackers, beside metrics.jsonl.
