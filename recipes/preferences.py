@@ -1,21 +1,28 @@
 """Preferences: pairs of completions sampled from the SFT model and labelled, or pairs that people gave.
 
-Reads   --model and --prompts, two completions each, labelled by --labeler; or --data, pairs that are given
+Reads   --model and --prompts, completions of each, labelled by --labeler; or --data, pairs that are given
 Writes  output_dir/data: a DatasetDict (train, heldout; no prompt in both) of prompt, chosen, rejected
 
 A labeler scores completions; a simulated annotator prefers one of two with probability sigmoid(gap of scores /
 temperature) and errs in a share `flip` of the labels. The columns score_chosen and score_rejected are for the record;
-nothing trains on them.
+nothing trains on them. With `--labeler people` the stage writes output_dir/pairs.jsonl, stops for `lmkit label`, and
+the same command goes on once all pairs are answered.
 
     python recipes/preferences.py --num_pairs 2000 --flip 0.1
+    python recipes/preferences.py --num_pairs 50 --labeler people
 """
 
+import shutil
 from pathlib import Path
+
+from pydantic import field_validator
 
 from lmkit import processes
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.errors import Interrupted
 from lmkit.stage import Stage, is_main, run
+
+GOLD = "lmkit.evaluation.label:gold"
 
 
 class PreferencesConfig(StageConfig):
@@ -25,13 +32,19 @@ class PreferencesConfig(StageConfig):
     model: Path | None = source(Path("runs/tiny/sft/model"), "model whose completions are compared")
     prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to sample for")
     num_pairs: int = setting(4000, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
+    num_generations: int = setting(2, "completions of each prompt; each two of them are a pair", gt=1)
     max_new_tokens: int = setting(128, "longest completion in tokens", gt=0)
     temperature: float = setting(1.0, "temperature of sampling", gt=0)
     batch_size: int = knob(256, "completions sampled at a time", gt=1)
-    labeler: str = source("lmkit.evaluation.label:gold", "what scores completions: module:function, or a reward model")
+    labeler: str | None = source(GOLD, "gold, people, module:function, or the directory of a reward model")
     annotator_temperature: float = setting(1.0, "temperature of the annotator; 0 always takes the better", ge=0)
     flip: float = setting(0.05, "share of labels turned round", ge=0, lt=0.5)
     heldout_fraction: float = setting(0.1, "share of prompts whose pairs are held out", gt=0, lt=1)
+
+    @field_validator("labeler")
+    @classmethod
+    def _by_name(cls, labeler: str | None) -> str | None:
+        return {"gold": GOLD, "people": None}.get(labeler, labeler)
 
 
 def main(config: PreferencesConfig) -> Path:
@@ -57,6 +70,7 @@ def main(config: PreferencesConfig) -> Path:
         if is_main():
             with stage.seal("data") as folder:
                 pairs.save_to_disk(folder)
+            shutil.rmtree(stage.directory / "completions", ignore_errors=True)
         stage.finish(facts | {"given": config.data is not None})
     return stage.directory
 
@@ -64,39 +78,42 @@ def main(config: PreferencesConfig) -> Path:
 def sample_pairs(config: PreferencesConfig, stage: Stage, state):
     """Rows of labelled pairs sampled from the model, and facts about them."""
     from lmkit.data.sources import load_prompts
-    from lmkit.evaluation.label import label_pairs, scorer
+    from lmkit.evaluation.label import label_pairs, pairs_of, people_labelled, scorer, write_pairs
     from lmkit.generation.complete import complete_shared
     from lmkit.models.load import load_language_model
     from lmkit.tracking import Tracker
 
-    score = scorer(config.labeler, state.device)
+    to_label = stage.directory / "pairs.jsonl"
+    if config.labeler is None and to_label.exists():
+        rows, facts, report = people_labelled(to_label)
+        stage.say(report)
+        return rows, facts
+    score = scorer(config.labeler, state.device) if config.labeler else None
     model, tokenizer = load_language_model(config.model, state.device)
-    available = load_prompts(config.prompts)["prompt"]
-    prompts = [available[i % len(available)] for i in range(config.num_pairs)]
+    available, k = load_prompts(config.prompts)["prompt"], config.num_generations
+    num_prompts = -(-config.num_pairs // (k * (k - 1) // 2))
+    prompts = [available[i % len(available)] for i in range(num_prompts) for _ in range(k)]
+    kept = stage.directory / "completions"
 
-    with Tracker(stage.directory, total_steps=2 * len(prompts), description=stage.name) as tracker:
+    with Tracker(stage.directory, total_steps=len(prompts), description=stage.name) as tracker:
 
         def progress(done: int, tokens: int) -> None:
             tracker.log(done, {"completions": done}, tokens=tokens)
             if stage.stop_requested():
-                raise Interrupted(f"stopped after {done} of {2 * len(prompts)} completions; they are sampled anew.")
+                raise Interrupted(f"stopped after {done} of {len(prompts)} completions, which are kept.")
 
-        completions = complete_shared(
-            model,
-            tokenizer,
-            [prompt for prompt in prompts for _ in range(2)],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            state=state,
-            progress=progress,
-        )
-    texts = [completion.text for completion in completions]
-    rows, facts = label_pairs(prompts, texts, score, config.annotator_temperature, config.flip, config.seed)
-    facts["eos_rate"] = sum(completion.finished for completion in completions) / len(completions)
-    facts["completion_tokens"] = sum(len(completion.ids) for completion in completions) / len(completions)
-    return rows, facts
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        options |= {"batch_size": config.batch_size, "seed": config.seed}
+        completions = complete_shared(model, tokenizer, prompts, state=state, progress=progress, keep=kept, **options)
+    texts, pairs = [completion.text for completion in completions], pairs_of(num_prompts, k, config.num_pairs)
+    if score is None:
+        if is_main():
+            write_pairs(to_label, prompts, texts, pairs)
+            shutil.rmtree(kept)
+        raise Interrupted(f"{to_label} is ready. Label its pairs: `lmkit label {to_label} --annotator NAME`.")
+    rows, facts = label_pairs(prompts, texts, pairs, score, config.annotator_temperature, config.flip, config.seed)
+    means = {"eos_rate": [c.finished for c in completions], "completion_tokens": [len(c.ids) for c in completions]}
+    return rows, facts | {name: sum(values) / len(values) for name, values in means.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Labelling pairs of completions: a score for each, then which of the two an imperfect annotator prefers."""
+"""Labelling pairs of completions: by a score for each and an imperfect annotator's preference, or by people."""
 
 import importlib
+import itertools
+import json
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
-from lmkit.errors import BadInput
+from lmkit.errors import BadInput, Interrupted
 from lmkit.evaluation.preference import expected_accuracy, gold_scores, preference_probability
+from lmkit.label.agreement import report
+from lmkit.label.store import all_answers, decided, read_pairs
 
 Scorer = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
 
@@ -21,7 +26,9 @@ def scorer(labeler: str, device: Any = "cpu") -> Scorer:
         return _reward_model_scorer(Path(labeler), device)
     module, colon, name = labeler.partition(":")
     if not colon:
-        raise BadInput(f"labeler {labeler!r}: wanted module:function, or the directory of a reward model.")
+        raise BadInput(f"labeler {labeler!r}: wanted gold, people, module:function or a reward model's directory.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a function beside the configuration, as the other stages find it
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -69,31 +76,97 @@ def prefer(scores: ArrayLike, temperature: float, flip: float, seed: int) -> tup
     return (second ^ (generator.random(len(gaps)) < flip)).astype(int), gaps != 0
 
 
-def label_pairs(
-    prompts: Sequence[Any], completions: Sequence[str], score: Scorer, temperature: float, flip: float, seed: int
-) -> tuple[Dataset, dict[str, float]]:
-    """Pairs from two completions of each prompt, and facts about the labels.
+def pairs_of(num_prompts: int, num_generations: int, num_pairs: int) -> np.ndarray:
+    """Which completions to compare: [num_pairs, 2], where those of prompt i are numbered from i * num_generations on.
 
-    completions: [2P], those of one prompt side by side. Returns rows of prompt, chosen, rejected, score_chosen and
-    score_rejected without ties; the facts are `ties` and `ceiling`, the expected accuracy of a scorer that agrees with
-    `score`, which is what a reward model can reach.
+    Each two completions of a prompt are a pair (Ouyang et al. 2022, section 3.5); the last prompt's may be cut short.
+
+    >>> pairs_of(num_prompts=2, num_generations=3, num_pairs=4).tolist()
+    [[0, 1], [0, 2], [1, 2], [3, 4]]
     """
-    scores = np.asarray(score([p for p in prompts for _ in range(2)], completions), dtype=float).reshape(-1, 2)
+    inside = np.array(list(itertools.combinations(range(num_generations), 2)))
+    starts = num_generations * np.arange(num_prompts)
+    return (starts[:, None, None] + inside).reshape(-1, 2)[:num_pairs]
+
+
+def label_pairs(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    pairs: np.ndarray,
+    score: Scorer,
+    temperature: float,
+    flip: float,
+    seed: int,
+) -> tuple[Dataset, dict[str, float]]:
+    """Labelled pairs of completions, and facts about the labels.
+
+    prompts, completions: [N], side by side. pairs: [P, 2], numbers of completions. Returns rows of prompt, chosen,
+    rejected, score_chosen and score_rejected without ties; the facts are `ties` and `ceiling`, the expected accuracy of
+    a scorer that agrees with `score`, which is what a reward model can reach. BadInput when all pairs are ties, or when
+    `score` gives anything but one finite number for each completion.
+    """
+    scores = _checked(score, prompts, completions)[pairs]
     chosen, kept = prefer(scores, temperature, flip, seed)
     if not kept.any():
         raise BadInput(f"all {len(kept)} pairs are ties: the labeler gave both completions of each the same score.")
     rows = [
         {
-            "prompt": prompts[i],
-            "chosen": completions[2 * i + chosen[i]],
-            "rejected": completions[2 * i + 1 - chosen[i]],
-            "score_chosen": scores[i, chosen[i]],
-            "score_rejected": scores[i, 1 - chosen[i]],
+            "prompt": prompts[pair[0]],
+            "chosen": completions[pair[one]],
+            "rejected": completions[pair[1 - one]],
+            "score_chosen": both[one],
+            "score_rejected": both[1 - one],
         }
-        for i in kept.nonzero()[0]
+        for pair, one, both in zip(pairs[kept], chosen[kept], scores[kept])
     ]
     ceiling = expected_accuracy(scores[kept, 0] - scores[kept, 1], temperature, flip)
     return Dataset.from_list(rows), {"ties": int((~kept).sum()), "ceiling": ceiling}
+
+
+def _checked(score: Scorer, prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+    name, given = getattr(score, "__qualname__", repr(score)), score(prompts, completions)
+    try:
+        scores = np.asarray(given, dtype=float)
+    except (TypeError, ValueError):
+        raise BadInput(f"the labeler {name} gave {str(given)[:80]!r}; wanted one number for each completion.") from None
+    if scores.shape != (len(completions),):
+        raise BadInput(f"the labeler {name} gave {scores.shape} numbers for {len(completions)} completions.")
+    if not np.isfinite(scores).all():
+        row = int((~np.isfinite(scores)).argmax())
+        raise BadInput(f"the labeler {name} gave {scores[row]} for completion {row}: {str(completions[row])[:200]!r}.")
+    return scores
+
+
+def write_pairs(path: Path, prompts: Sequence[Any], completions: Sequence[str], pairs: np.ndarray) -> None:
+    """Writes pairs for people to compare, as `lmkit.label.store` reads them; two equal completions are no pair."""
+    rows = [
+        {"prompt": prompts[one], "completions": [completions[one], completions[other]]}
+        for one, other in pairs
+        if completions[one] != completions[other]
+    ]
+    if not rows:
+        raise BadInput(f"both completions of all {len(pairs)} pairs are the same; there is nothing to compare.")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def people_labelled(path: Path) -> tuple[Dataset, dict[str, float], str]:
+    """Rows of prompt, chosen, rejected as people decided, facts, and their report (see `lmkit.label`).
+
+    Raises Interrupted, with what to do, until each pair has the answer of somebody.
+    """
+    pairs, answers = read_pairs(path), all_answers(path)
+    left = sum(not any(pair.id in own for own in answers.values()) for pair in pairs)
+    if left:
+        raise Interrupted(
+            f"{left} of {len(pairs)} pairs wait for a person: `lmkit label {path}`, several people each with their own "
+            "--annotator NAME. A part is enough with `--export OUT.jsonl`, then --data OUT.jsonl in another run."
+        )
+    if not (rows := list(decided(pairs, answers))):
+        raise BadInput(f"no pair of {path} is decided: every answer is a tie, a skip or met by its opposite.")
+    facts = {"undecided": len(pairs) - len(rows), "num_annotators": len(answers)}
+    return Dataset.from_list(rows), facts, report(pairs, answers)
 
 
 def heldout_rows(keys: Sequence[Hashable], fraction: float, seed: int) -> np.ndarray:

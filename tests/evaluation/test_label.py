@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lmkit.errors import BadInput
-from lmkit.evaluation.label import heldout_rows, label_pairs, prefer, scorer
+from lmkit.errors import BadInput, Interrupted
+from lmkit.evaluation.label import heldout_rows, label_pairs, pairs_of, people_labelled, prefer, scorer, write_pairs
+from lmkit.label.store import Answers, answers_path, read_pairs
 
 
 def by_length(prompts, completions):
@@ -21,7 +22,8 @@ def test_labels_are_as_noisy_as_asked():
 
 def test_without_noise_the_better_is_chosen_and_ties_are_dropped():
     texts = ["long one", "short", "same", "size", "a", "longer"]
-    rows, facts = label_pairs(["p", "q", "r"], texts, by_length, temperature=0, flip=0, seed=0)
+    pairs = pairs_of(num_prompts=3, num_generations=2, num_pairs=3)
+    rows, facts = label_pairs(list("ppqqrr"), texts, pairs, by_length, temperature=0, flip=0, seed=0)
     assert rows["chosen"] == ["long one", "longer"]
     assert rows["rejected"] == ["short", "a"]
     assert rows["prompt"] == ["p", "r"]
@@ -31,7 +33,68 @@ def test_without_noise_the_better_is_chosen_and_ties_are_dropped():
 
 def test_only_ties_is_an_error():
     with pytest.raises(BadInput, match="all 1 pairs are ties"):
-        label_pairs(["p"], ["aa", "bb"], by_length, temperature=1, flip=0, seed=0)
+        label_pairs(["p", "p"], ["aa", "bb"], np.array([[0, 1]]), by_length, temperature=1, flip=0, seed=0)
+
+
+def test_of_three_completions_each_two_are_compared():
+    texts = ["a", "aaa", "aa", "b", "bb", "bbb"]
+    rows, _ = label_pairs(list("pppqqq"), texts, pairs_of(2, 3, 5), by_length, temperature=0, flip=0, seed=0)
+    assert list(zip(rows["prompt"], rows["chosen"], rows["rejected"])) == [
+        ("p", "aaa", "a"),
+        ("p", "aa", "a"),
+        ("p", "aaa", "aa"),
+        ("q", "bb", "b"),
+        ("q", "bbb", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], r"gave \(1,\) numbers for 2 completions"),
+        (1.0, r"gave \(\) numbers"),
+        ("good", "gave 'good'; wanted one number"),
+        ([None, "a"], "gave .* wanted one number for each"),
+        ([1.0, float("nan")], "gave nan for completion 1: 'bb'"),
+        ([float("inf"), 1.0], "gave inf for completion 0: 'aa'"),
+    ],
+)
+def test_what_a_labeler_does_wrong_is_named(scores, message):
+    def mine(prompts, completions):
+        return scores
+
+    with pytest.raises(BadInput, match=f"labeler .*mine {message}"):
+        label_pairs(["p", "p"], ["aa", "bb"], np.array([[0, 1]]), mine, temperature=1, flip=0, seed=0)
+
+
+def test_people_label_what_is_written_for_them(tmp_path):
+    path, texts = tmp_path / "pairs.jsonl", ["a", "b", "same", "same", "c", "d"]
+    write_pairs(path, ["p", "p", "q", "q", "r", "r"], texts, pairs_of(3, 2, 3))
+    first, second = read_pairs(path)
+    assert (first.prompt, first.completions, second.prompt) == ("p", ("a", "b"), "r")
+    with pytest.raises(Interrupted, match="2 of 2 pairs wait for a person: `lmkit label "):
+        people_labelled(path)
+    answers = Answers(answers_path(path, "anna"))
+    answers.add(first.id, "second", False, 1)
+    with pytest.raises(Interrupted, match="1 of 2 pairs"):
+        people_labelled(path)
+    answers.add(second.id, "tie", False, 1)
+    answers.close()
+    rows, facts, report = people_labelled(path)
+    assert rows.to_list() == [{"prompt": "p", "chosen": "b", "rejected": "a", "num_votes": 1, "agreement": 1.0}]
+    assert facts == {"undecided": 1, "num_annotators": 1}
+    assert "anna" in report
+    with pytest.raises(BadInput, match="nothing to compare"):
+        write_pairs(path, ["q", "q"], ["same", "same"], pairs_of(1, 2, 1))
+
+
+def test_only_ties_of_people_is_an_error(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", ["p", "p"], ["a", "b"], pairs_of(1, 2, 1))
+    answers = Answers(answers_path(tmp_path / "pairs.jsonl", "anna"))
+    answers.add(read_pairs(tmp_path / "pairs.jsonl")[0].id, "skip", False, 1)
+    answers.close()
+    with pytest.raises(BadInput, match="every answer is a tie, a skip"):
+        people_labelled(tmp_path / "pairs.jsonl")
 
 
 def test_no_prompt_is_on_both_sides():
@@ -54,7 +117,7 @@ def test_a_labeler_is_a_function_or_a_directory(tmp_path):
     assert scorer("lmkit.evaluation.label:gold")(["Tell me a story about an otter and an umbrella."], ["No."])[0] < 1
     with pytest.raises(BadInput, match="cannot be imported"):
         scorer("no_such_module:f")
-    with pytest.raises(BadInput, match="wanted module:function"):
+    with pytest.raises(BadInput, match="wanted gold, people, module:function"):
         scorer(str(tmp_path / "nothing"))
 
 

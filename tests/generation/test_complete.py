@@ -25,8 +25,9 @@ def models():
     return model, tokenizer
 
 
-def share(models, state, progress=lambda done, tokens: None):
-    return complete_shared(*models, PROMPTS, seed=1, state=state, progress=progress, chunk_size=3, max_new_tokens=24)
+def share(models, state, progress=lambda done, tokens: None, **options):
+    options |= {"chunk_size": 3, "max_new_tokens": 24}
+    return complete_shared(*models, PROMPTS, seed=1, state=state, progress=progress, **options)
 
 
 def test_texts_are_the_ids_without_the_stop_token(models):
@@ -40,6 +41,20 @@ def test_texts_are_the_ids_without_the_stop_token(models):
         assert len(row.ids) == 24 or row.finished
         assert "<|im_end|>" not in row.text
         assert row.text == tokenizer.decode([i for i in row.ids if i not in stop], skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_a_completion_with_its_token_and_not_its_text(models):
+    model, tokenizer = models
+    free = complete(model, tokenizer, PROMPTS, max_new_tokens=24, seed=0)
+    letters = free[0].text[3:6]
+    rows = complete(model, tokenizer, PROMPTS, max_new_tokens=24, seed=0, stop_strings=[letters, "never written"])
+    assert rows[0].finished
+    assert rows[0].text == free[0].text[: free[0].text.find(letters)]
+    for before, row in zip(free, rows):
+        assert before.ids[: len(row.ids)] == row.ids
+        assert letters not in row.text
+        assert letters not in tokenizer.decode(row.ids[:-1], skip_special_tokens=True)
+        assert row.finished == (letters in before.text or before.finished)
 
 
 def test_progress_counts_prompts_and_tokens(models):
@@ -64,3 +79,17 @@ def test_another_seed_draws_others(models):
     model, tokenizer = models
     first, second = (complete(model, tokenizer, PROMPTS, max_new_tokens=24, seed=seed) for seed in (0, 1))
     assert [row.ids for row in first] != [row.ids for row in second]
+
+
+def test_chunks_that_are_kept_are_not_sampled_again(models, tmp_path, monkeypatch):
+    def stop(done, tokens):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        share(models, ALONE, stop, keep=tmp_path / "kept")
+    seen, whole = [], share(models, ALONE)
+    assert share(models, ALONE, lambda done, tokens: seen.append(done), keep=tmp_path / "kept") == whole
+    assert seen == [9, 10]
+    monkeypatch.setattr(module, "complete", lambda *_, **__: pytest.fail("sampled again"))
+    assert share(models, ALONE, keep=tmp_path / "kept") == whole

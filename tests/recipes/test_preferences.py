@@ -5,6 +5,9 @@ from datasets import load_from_disk
 from preferences import PreferencesConfig, main
 
 from lmkit.errors import BadInput, Interrupted
+from lmkit.generation import complete as complete_module
+from lmkit.generation.complete import complete_shared
+from lmkit.label.store import Answers, answers_path, read_pairs
 from lmkit.stage import Stage, read_record
 
 
@@ -68,8 +71,64 @@ def test_gold_labels_other_prompts_are_refused(nano, tmp_path):
         main(config(nano, tmp_path / "preferences", **changes))
 
 
-def test_a_signal_while_sampling_leaves_nothing_half_done(nano, tmp_path, monkeypatch):
-    monkeypatch.setattr(Stage, "stop_requested", lambda self: True)
-    with pytest.raises(Interrupted):
-        main(config(nano, tmp_path / "preferences"))
-    assert not (tmp_path / "preferences/data").exists()
+def test_names_of_labelers():
+    assert PreferencesConfig(labeler="gold").labeler == PreferencesConfig().labeler
+    assert PreferencesConfig(labeler="people").labeler is None
+    assert PreferencesConfig(labeler="my:score").labeler == "my:score"
+
+
+def test_a_stop_while_sampling_goes_on_to_the_same_bytes(nano, tmp_path, monkeypatch):
+    monkeypatch.setitem(complete_shared.__kwdefaults__, "chunk_size", 16)
+    whole = read_record(main(config(nano, tmp_path / "whole")))["artifacts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "stop_requested", lambda self: True)
+        for done in (16, 32):
+            with pytest.raises(Interrupted, match=f"stopped after {done} of 40 completions, which are kept"):
+                main(config(nano, tmp_path / "stopped"))
+    assert not (tmp_path / "stopped/data").exists()
+    monkeypatch.setattr(complete_module, "sample", counted := Counted(complete_module.sample))
+    assert read_record(main(config(nano, tmp_path / "stopped")))["artifacts"] == whole
+    assert counted.prompts == 8
+    assert not (tmp_path / "stopped/completions").exists()
+
+
+class Counted:
+    """A sampler that counts the prompts it is given."""
+
+    def __init__(self, sample):
+        self.sample, self.prompts = sample, 0
+
+    def __call__(self, model, prompts, **options):
+        self.prompts += len(prompts)
+        return self.sample(model, prompts, **options)
+
+
+def test_three_completions_a_prompt(nano, tmp_path):
+    directory = main(config(nano, tmp_path / "preferences", num_generations=3, num_pairs=20, flip=0.0))
+    metrics = read_record(directory)["metrics"]
+    assert metrics["num_train"] + metrics["num_heldout"] + metrics["ties"] == 20
+    prompts = [row["prompt"] for split in load_from_disk(str(directory / "data")).values() for row in split]
+    assert len(set(prompts)) <= 7
+    assert max(prompts.count(prompt) for prompt in set(prompts)) <= 3
+
+
+def test_people_label_between_two_calls_of_one_command(nano, tmp_path):
+    directory = tmp_path / "preferences"
+    people = {"labeler": "people", "num_pairs": 12}
+    with pytest.raises(Interrupted, match=r"Label its pairs: `lmkit label \S+/pairs.jsonl --annotator NAME`"):
+        main(config(nano, directory, **people))
+    with pytest.raises(Interrupted, match="12 of 12 pairs wait for a person"):
+        main(config(nano, directory, **people))
+    answers, pairs = Answers(answers_path(directory / "pairs.jsonl", "anna")), read_pairs(directory / "pairs.jsonl")
+    for number, pair in enumerate(pairs):
+        answers.add(pair.id, "tie" if number == 5 else "second", False, 1)
+    answers.close()
+    main(config(nano, directory, **people))
+    rows = [row for split in load_from_disk(str(directory / "data")).values() for row in split]
+    assert {(row["chosen"], row["rejected"]) for row in rows} == {
+        pair.completions[::-1] for number, pair in enumerate(pairs) if number != 5
+    }
+    metrics = read_record(directory)["metrics"]
+    assert (metrics["undecided"], metrics["num_annotators"]) == (1, 1)
+    assert "Cohen" not in (log := (directory / "log.txt").read_text())
+    assert "12/12" in log
