@@ -5,6 +5,7 @@ Imports stay light, so that `lmkit --help` and `lmkit status` answer at once; a 
 
 import contextlib
 import fcntl
+import functools
 import getpass
 import importlib.util
 import json
@@ -144,6 +145,30 @@ def label(
         server.serve(file, annotator or getpass.getuser(), port)
 
 
+@app.command()
+def curate(
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="a file, folder or hub name of prompts")],
+    run: Run,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="how many to keep; all that repeat none")] = None,
+    num_clusters: Annotated[int, typer.Option(min=1, help="clusters to divide them into")] = 16,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="similarity from which two are duplicates")] = 0.8,
+    seed: Annotated[int, typer.Option(help="seed of clusters and choice")] = 0,
+) -> None:
+    """Leave out duplicate prompts, cluster the rest by the run's SFT model, keep as many of each: RUN/curation."""
+    with exit_codes():
+        stages_of(run)
+        from lmkit.data.curation import curate
+
+        options = {"num_prompts": num_prompts, "num_clusters": num_clusters, "threshold": threshold, "seed": seed}
+        found = curate(prompts, run, **options)
+    for row in found["clusters"]:
+        print("cluster {cluster}: {chosen} of {size}, such as: {typical}".format(**row))
+    print(
+        f"{found['num_prompts']} prompts, {found['num_exact_duplicates']} exact and {found['num_near_duplicates']} "
+        f"near duplicates, {found['num_chosen']} kept in {run / 'curation' / 'prompts.jsonl'}"
+    )
+
+
 @tokenizer.command()
 def explain(
     text: Annotated[str, typer.Argument(metavar="WORD", help="a word or a short text")],
@@ -154,6 +179,24 @@ def explain(
         from lmkit.tokenization.explain import explain
 
         print(explain(tokenizer, text))
+
+
+@tokenizer.command()
+def measure(
+    tokenizer: Annotated[str, typer.Argument(metavar="DIR", help="the tokenizer's directory")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="texts it has not learnt from")],
+    compare: Annotated[
+        list[str] | None, typer.Option(help="one more tokenizer: a directory, or a name in the cache of the Hub")
+    ] = None,
+) -> None:
+    """Bytes per token by file, vocabulary used, longest tokens, and which texts do not come back exactly."""
+    with exit_codes():
+        from lmkit.data.sources import read_text
+        from lmkit.tokenization.measure import table
+        from lmkit.tokenization.read import find_tokenizer
+
+        tokenizers = {name: find_tokenizer(name) for name in [tokenizer, *(compare or [])]}
+        print(table(tokenizers, {str(file): functools.partial(read_text, file) for file in files}))
 
 
 # --------------------------------------------------------------------------------------------------- what is in a run
