@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,16 @@ class StageData:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its stages by name, in the chain's order, and what the evaluation found (empty when there is none)."""
+    """A run: its stages by name, in the chain's order, what the evaluation found, and what curating its prompts did.
+
+    The last two are empty where there is none.
+    """
 
     path: Path
     stages: dict[str, StageData]
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
+    curation: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         return self.stages[stage].rows if stage in self.stages else []
@@ -70,7 +74,8 @@ def read_run(path: Path) -> Run:
     path = Path(path)
     stages = {name: _read_stage(path / name) for name in CHAIN if (path / name).is_dir()}
     results = path / "evaluation" / "results"
-    return Run(path, stages, _json(results / "metrics.json") or {}, read_jsonl(results / "samples.jsonl"))
+    found, curation = (_json(file) or {} for file in (results / "metrics.json", path / "curation" / "clusters.json"))
+    return Run(path, stages, found, read_jsonl(results / "samples.jsonl"), curation)
 
 
 def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -86,6 +86,8 @@ def content(run: Run, plots: Mapping[str, Path]) -> Iterator[Block]:
             yield from blocks
     if run.samples:
         yield from _samples(run)
+    if run.curation:
+        yield from _curation(run.curation)
     yield Heading("Time and memory")
     yield _cost(run)
     yield Heading("To reproduce")
@@ -240,6 +242,29 @@ def _reward_model(run: Run) -> Iterator[Block]:
         f"closest in length: {cell(found, 'accuracy_like_length', 3)}. Calibration error "
         f"{cell(found, 'calibration_error', 3)}, correlation of score and length {length}."
     )
+    if "accuracy_noiseless" in found:
+        yield Text(f"It orders a pair as the labeler's scores without noise do in {found['accuracy_noiseless']:.3f}.")
+    if "member_agreement" in found:
+        yield Text(
+            f"Two members of the ensemble order a pair alike in {found['member_agreement']:.3f}; the mean of all their "
+            f"scores has the accuracy {cell(found, 'accuracy_members_mean', 3)}."
+        )
+    if wrong := found.get("most_wrong"):
+        yield Text("The held-out pairs that it gets most wrong:")
+        for row in wrong:
+            answers = [(s, f"score {row['score'][s]:.2f}", printable(row[s])) for s in ("chosen", "rejected")]
+            yield Answers(printable(prompt_text(row["prompt"])), answers, opened=False)
+
+
+def _curation(found: Mapping[str, Any]) -> Iterator[Block]:
+    yield Heading("Curated prompts")
+    yield Text(
+        f"Of {found['num_prompts']} prompts in {found['source']}, {found['num_exact_duplicates']} were exact and "
+        f"{found['num_near_duplicates']} near duplicates; {found['num_chosen']} were chosen, evenly from the clusters."
+    )
+    columns = {"cluster": "", "size": "", "chosen": "", "distance": ".2f", "typical": ""}
+    rows = [[printable(format(row[name], spec)) for name, spec in columns.items()] for row in found["clusters"]]
+    yield Table([*columns], rows)
 
 
 def _language_model(run: Run) -> Iterator[Block]:
