@@ -3,7 +3,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lmkit.errors import BadInput
-from lmkit.generation.sampler import draw, sample
+from lmkit.generation.sampler import Stops, _sample_batch, draw, sample
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -130,6 +130,48 @@ def test_a_stop_token_on_the_last_step_counts_as_a_stop(model, prompts):
     drawn = run(model, prompts, temperature=0, max_new_tokens=1, stop_token_ids=first[:1])
     assert drawn.finish_reasons[0] == "stop"
     assert drawn.lengths[0] == 1
+
+
+class Letters:
+    """A tokenizer whose token i is the letter i."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(96 + i) for i in row) for row in rows.tolist()]
+
+
+def test_the_token_that_completes_a_stop_string_is_the_last(model, prompts):
+    text = "".join(chr(96 + i) for i in run(model, prompts, stop_token_ids=[]).ids(0))
+    for start in (0, 1, 4):
+        string = text[start : start + 3]
+        first = text.find(string) + 3
+        drawn = run(model, prompts, stop_token_ids=[], stop_strings=["~~~~~~", string], tokenizer=Letters())
+        assert drawn.finish_reasons[0] == "stop"
+        assert drawn.lengths[0] == first
+        assert "".join(chr(96 + i) for i in drawn.ids(0)) == text[:first]
+        for row, prompt in enumerate(prompts):
+            expected = rescored(model, prompt, drawn.ids(row), 1.0)
+            assert torch.allclose(drawn.logprobs[row, : len(expected)], expected, atol=1e-4)
+
+
+def test_a_stop_string_must_be_complete_and_ids_still_stop():
+    stops = Stops([9], ["bc"], Letters())
+    tokens = torch.tensor([[1, 1, 2, 3], [1, 1, 3, 2], [2, 3, 1, 4], [1, 1, 1, 9]])
+    assert stops.end(tokens).tolist() == [True, False, False, True]
+    assert stops.end(torch.tensor([[3]])).tolist() == [False]
+    with pytest.raises(ValueError, match="pass tokenizer"):
+        sample(None, [], max_new_tokens=1, stop_token_ids=[], temperature=0, stop_strings=["x"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_models_attention_is_put_back_also_after_an_error(architecture, prompts):
+    model = ARCHITECTURES[architecture]().eval()
+    before = model.config._attn_implementation
+    run(model, prompts)
+    assert model.config._attn_implementation == before == "sdpa"
+    with pytest.raises(IndexError):  # a third step meets an uniform number that is not there
+        _sample_batch(model, prompts, torch.rand(8, 2), Stops([], [], None), 12, (1.0, 0, 1.0))
+    assert model.config._attn_implementation == before
 
 
 def test_without_stop_tokens_every_row_runs_to_the_end(model, prompts):
