@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import datasets
 import pyarrow
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.table import InMemoryTable
 
 from lmkit.artifact import MANIFEST, verify
@@ -29,7 +29,11 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def read_text(
-    paths: Source | list[Source], *, document_separator: str | None = "\n\n", on_bad: OnBad = "error"
+    paths: Source | list[Source],
+    *,
+    document_separator: str | None = "\n\n",
+    on_bad: OnBad = "error",
+    streaming: bool = False,
 ) -> Iterator[str]:
     """Documents of files, folders (all .txt .jsonl .parquet below them) and patterns, in the order of their names.
 
@@ -43,13 +47,14 @@ def read_text(
     on_bad: "error" stops at the first line that is not UTF-8, holds a NUL or is not the row it should be, naming
         file and line; "skip" leaves out such lines and warns with their number. Files that cannot be read, or have
         no document at all, are BadInput either way.
+    streaming: read a hub name over the network in each pass; otherwise it is downloaded once, and read from the disk.
     """
     if on_bad not in ("error", "skip"):
         raise BadInput(f'on_bad is {on_bad!r}; wanted "error" or "skip".')
     if document_separator is not None and not document_separator.strip(" \t"):
         raise BadInput(f"document_separator is {document_separator!r}; wanted newlines, the text of a line, or null.")
     if isinstance(paths, str) and paths.startswith("hub:"):
-        return _column_text(paths)
+        return _column_text(paths, streaming)
     return _documents(_find(paths, TEXT_SUFFIXES), document_separator, on_bad)
 
 
@@ -156,15 +161,16 @@ def _from_disk(folder: Path) -> Dataset | None:
     return datasets.load_from_disk(str(folder)) if (folder / "state.json").is_file() else None
 
 
-def _from_hub(source: str) -> Dataset:
+def _from_hub(source: str, streaming: bool = False) -> Dataset | IterableDataset:
     match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?(?::([\w.-]+))?", source)
     if match is None:
         raise BadInput(f"{source} is not a hub name. Write hub:org/name, hub:org/name:split or hub:org/name@revision.")
     name, revision, split = match.groups()
     try:
-        return _not_empty(datasets.load_dataset(name, split=split or "train", revision=revision), source)
+        rows = datasets.load_dataset(name, split=split or "train", revision=revision, streaming=streaming)
     except (OSError, ValueError, ConnectionError) as error:
         raise BadInput(f"{source} could not be loaded from the Hub: {error}. Check name, split and network.") from None
+    return rows if streaming else _not_empty(rows, source)
 
 
 def _not_empty(rows: Dataset, source: Any) -> Dataset:
@@ -199,10 +205,11 @@ def _rows_text(file: Path, skipped: list[str] | None) -> Iterator[str]:
             refuse(f"{where}  has no text in a column `text`; found the columns {_names(row)}.", skipped)
 
 
-def _column_text(hub_name: str) -> Iterator[str]:
-    rows = _from_hub(hub_name)
-    if "text" not in rows.column_names:
-        raise BadInput(f"{hub_name} has the columns {', '.join(rows.column_names)}; wanted documents in `text`.")
+def _column_text(hub_name: str, streaming: bool) -> Iterator[str]:
+    rows = _from_hub(hub_name, streaming)
+    columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them beforehand
+    if "text" not in columns:
+        raise BadInput(f"{hub_name} has the columns {', '.join(columns)}; wanted documents in `text`.")
     return (row["text"] for row in rows if row["text"] and not row["text"].isspace())
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import io
 import json
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,20 +51,11 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        return _open_zst(path)
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             raise BadInput(f"{path} is not UTF-8 text; it looks like {what}.")
     return path.open("rb")
-
-
-def _open_zst(path: Path) -> BinaryIO:
-    for module in ("compression.zstd", "zstandard"):  # the first is part of Python from 3.14 on
-        try:
-            return io.BufferedReader(importlib.import_module(module).open(path, "rb"))
-        except ImportError:
-            continue
-    raise BadInput(f"{path} needs a zstd reader. Run `pip install zstandard`, or compress the file with gzip.")
 
 
 def read_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, str]]:
@@ -80,7 +72,9 @@ def read_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, str
                 if (text := _decode(raw, f"{path}:{number}", skipped)) is not None:
                     text = text.removeprefix("\ufeff") if number == 1 else text
                     yield number, text.replace("\r\n", "\n").replace("\r", "\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the data's
+            raise
         raise BadInput(
             f"{path}:{number + 1}  the compressed data is damaged ({error}). Fetch or make it again."
         ) from None
@@ -115,7 +109,7 @@ def read_rows(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict
     """(where, row) of a data file; `where` is file:line, or file and row number."""
     suffix = data_suffix(path)
     if suffix == ".parquet":
-        batches = open_parquet(path).iter_batches()
+        batches = open_parquet(path).iter_batches(batch_size=1024)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path} row {number}", row
     elif suffix == ".csv":
@@ -133,8 +127,13 @@ def read_rows(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     """An open parquet file; BadInput when it is not one."""
     try:
+        if path.suffix != ".parquet":
+            with _open(path) as packed:
+                whole = tempfile.TemporaryFile()  # noqa: SIM115 - it is read as long as the rows are
+                shutil.copyfileobj(packed, whole)
+            return pyarrow.parquet.ParquetFile(whole)
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowInvalid, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{path} is not a readable parquet file ({error}). Fetch or make it again.") from None
 
 

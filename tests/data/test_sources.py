@@ -151,17 +151,29 @@ def test_memory_does_not_grow_with_the_file(write):
         tracemalloc.stop()
 
 
-def test_zst_is_read_or_named(write, monkeypatch):
-    path = write("a.txt.zst", b"\x28\xb5\x2f\xfd and so on")
-    monkeypatch.setattr(strict.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(BadInput, match="pip install zstandard"):
-        list(read_text(path))
+def packed(content, form):
+    return gzip.compress(content) if form == "gz" else pyarrow.compress(content, codec="zstd", asbytes=True)
 
 
-def test_zst_round_trip(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one\n\ntwo"))
-    assert list(read_text(tmp_path)) == ["one", "two"]
+@pytest.mark.parametrize("form", ["gz", "zst"])
+def test_packed_files_are_read_as_they_were(write, tmp_path, form):
+    lines = b'{"text": "four"}\n{"text": "five"}\n'
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["six", "seven"]}), tmp_path / "plain")
+    write(f"a.txt.{form}", packed(b"one\n\n", form) + packed(b"two\n\nthree", form))
+    write(f"b.jsonl.{form}", packed(lines, form))
+    write(f"c.parquet.{form}", packed((tmp_path / "plain").read_bytes(), form))
+    assert list(read_text(tmp_path)) == ["one", "two", "three", "four", "five", "six", "seven"]
+
+
+@pytest.mark.parametrize("form", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_damaged_packed_files_are_refused(write, form, name):
+    whole = packed("".join(f'{{"text": "{i * i}"}}\n' for i in range(20_000)).encode(), form)
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 20]) + whole[middle + 20 :]
+    for damaged in (whole[:-200], flipped):
+        with pytest.raises(BadInput, match=r"data is damaged|not a readable parquet|not UTF-8|not valid JSON"):
+            list(read_text(write(f"{name}.{form}", damaged)))
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -263,7 +275,7 @@ def test_saved_folders_are_verified_and_splits_named(tmp_path):
 def test_only_hub_names_ask_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(name, split, revision):
+    def load_dataset(name, split, revision, streaming):
         asked.append((name, split, revision))
         return Dataset.from_dict({"text": ["one", " ", "two"]})
 
@@ -277,8 +289,35 @@ def test_only_hub_names_ask_the_hub(monkeypatch):
             load_rows(bad)
 
 
+def test_a_stream_is_read_as_it_comes_and_never_held(monkeypatch):
+    num_read = 0
+
+    def rows(column):
+        nonlocal num_read
+        for _ in range(2_000):
+            num_read += 1
+            yield {column: "x" * 10_000}
+
+    def load_dataset(name, split, revision, streaming):
+        assert streaming
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"column": name})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents = read_text("hub:text", streaming=True)
+    next(documents)
+    assert num_read < 10
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in documents) == 1_999
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(BadInput, match="has the columns texts; wanted documents in `text`"):
+        read_text("hub:texts", streaming=True)
+
+
 def test_hub_failure_is_bad_input(monkeypatch):
-    def load_dataset(name, split, revision):
+    def load_dataset(name, split, revision, streaming):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
