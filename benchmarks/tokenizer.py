@@ -2,6 +2,8 @@
 
     python benchmarks/tokenizer.py --corpus corpus.txt                  # 95 MB, vocabulary 32768: about 15 minutes
     python benchmarks/tokenizer.py --corpus corpus.txt --megabytes 5 --vocab 8192 --rounds 1
+    python benchmarks/tokenizer.py --corpus corpus.txt --parts train --trainers rustbpe lmkit --save DIR
+    python benchmarks/tokenizer.py --corpus corpus.txt --parts encode shards --save DIR   # with the tokenizer of before
 
 Every measurement is a process of its own; the sides take turns (A B C A B C ...). `value` is CPU seconds of one
 thread or MB of text per CPU second, which a busy machine disturbs least; wall seconds stand beside it. Peers are
@@ -25,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 HELD_OUT = 0.05  # of the text: bytes per token and encoding speed
 TRAINERS = ["tokenizers", "rustbpe", "sentencepiece", "lmkit", "lmkit_without_rustbpe"]
 ENCODERS = ["hf_fast", "tokenizers", "tiktoken", "lmkit"]
+PARTS = ["train", "encode", "shards", "memory", "run"]
+SMALL = 10  # MB of text against which memory is compared
 
 
 def emit(name, value, unit, **config):
@@ -115,10 +119,15 @@ def measure_train(args):
 
     train, held = parts(args)
     base, meter, extra = rss_megabytes(), Meter(), {}
+
+    def read():
+        return (text for _ in range(args.repeat) for text in documents(args.corpus, *train))
+
     if args.impl.startswith("lmkit"):
         trainer = "tokenizers" if args.impl == "lmkit_without_rustbpe" else "auto"
-        tokenizer = train_tokenizer(lambda: documents(args.corpus, *train), vocab_size=args.vocab, trainer=trainer)
+        tokenizer = train_tokenizer(read, vocab_size=args.vocab, trainer=trainer)
         cpu, wall = meter.stop()
+        peak = rss_megabytes() - base
         merges = [tuple(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
         texts = list(documents(args.corpus, *held))
         extra["bytes_per_token"] = sum(len(t.encode()) for t in texts) / sum(
@@ -127,14 +136,15 @@ def measure_train(args):
         if args.save:
             tokenizer.save_pretrained(args.save)
     else:
-        result = train_peer(args.impl, documents(args.corpus, *train), args.vocab)
+        result = train_peer(args.impl, read(), args.vocab)
         cpu, wall = meter.stop()
+        peak = rss_megabytes() - base
         merges = result()
     if merges:
         joined = [m if isinstance(m, bytes) else token_bytes("".join(m)) for m in merges]
         extra["merges_sha256"] = hashlib.sha256(b"\0".join(joined)).hexdigest()
         extra["num_merges"] = len(merges)
-    emit("bpe_train", cpu, "CPU s", impl=args.impl, wall_seconds=wall, peak_megabytes=rss_megabytes() - base, **extra)
+    emit("bpe_train", cpu, "CPU s", impl=args.impl, wall_seconds=wall, peak_megabytes=peak, **extra)
 
 
 def measure_encode(args):
@@ -181,15 +191,20 @@ def measure_shards(args):
     from lmkit.data.shards import write_shards
 
     tokenizer = AutoTokenizer.from_pretrained(args.save)
-    texts = (t for piece in documents(args.corpus, *parts(args)[0]) for t in _short(piece))
+    if args.impl == "files":
+        from lmkit.data.sources import read_text
+
+        texts = read_text(args.corpus)
+    else:
+        texts = (t for piece in documents(args.corpus, *parts(args)[0]) for t in _short(piece))
     with tempfile.TemporaryDirectory() as folder:
         meter = Meter()
         written = write_shards(texts, tokenizer, Path(folder), num_processes=args.processes)
         cpu, wall = meter.stop()
         size = written.num_bytes / 1e6
     emit(
-        "shards", size / wall, "MB/s", processes=args.processes, cpu_seconds=cpu, wall_seconds=wall,
-        megabytes=size, megabytes_per_cpu_second=size / cpu, peak_megabytes=rss_megabytes(),
+        "shards", size / wall, "MB/s", documents=args.impl, processes=args.processes, cpu_seconds=cpu,
+        wall_seconds=wall, megabytes=size, megabytes_per_cpu_second=size / cpu, peak_megabytes=rss_megabytes(),
     )  # fmt: skip
 
 
@@ -216,7 +231,7 @@ def measure_run(args):
 
 def child(args, what, impl="", **changes):
     """One measurement in a new process of one thread; its JSON lines, printed and returned."""
-    flags = {"corpus": args.corpus, "megabytes": args.megabytes, "vocab": args.vocab, "save": args.save, "processes": 1}
+    flags = {"corpus": args.corpus, "megabytes": args.megabytes, "vocab": args.vocab, "save": args.save}
     words = [f"--{key}={value}" for key, value in (flags | changes).items()]
     threads = {
         "RAYON_NUM_THREADS": "1",
@@ -232,12 +247,12 @@ def child(args, what, impl="", **changes):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def interleaved(args, what, impls):
+def interleaved(args, what, impls, **changes):
     """impl -> its rows, over the rounds, each side once a round."""
     rows = {impl: [] for impl in impls}
     for _ in range(args.rounds):
         for impl in impls:
-            rows[impl] += child(args, what, impl)
+            rows[impl] += child(args, what, impl, **changes)
     return rows
 
 
@@ -245,32 +260,66 @@ def median(rows):
     return statistics.median(row["value"] for row in rows)
 
 
-def main(args):
-    trained = interleaved(args, "train", TRAINERS)
-    merges = {impl: rows[0]["config"].get("merges_sha256") for impl, rows in trained.items()}
-    for impl in ("rustbpe", "lmkit", "lmkit_without_rustbpe"):
-        emit("merges_equal_tokenizers", merges[impl] == merges["tokenizers"], "bool", impl=impl)
+def compare_training(args):
+    trained = interleaved(args, "train", args.trainers)
     seconds = {impl: median(rows) for impl, rows in trained.items()}
-    best = min(("tokenizers", "rustbpe", "sentencepiece"), key=seconds.get)
-    emit("bpe_train_vs_best_peer", seconds["lmkit"] / seconds[best], "x", peer=best, seconds=seconds)
-    alone = seconds["lmkit_without_rustbpe"] / seconds["tokenizers"]
-    emit("bpe_train_without_rustbpe_vs_tokenizers", alone, "x")
+    merges = {impl: rows[0]["config"].get("merges_sha256") for impl, rows in trained.items() if impl != "sentencepiece"}
+    for impl, found in list(merges.items())[1:]:
+        emit("merges_equal", found == merges[args.trainers[0]], "bool", of=[args.trainers[0], impl])
+    peers = [impl for impl in args.trainers if not impl.startswith("lmkit")]
+    best = min(peers, key=seconds.get)
+    if "lmkit" in seconds:
+        emit("bpe_train_vs_best_peer", seconds["lmkit"] / seconds[best], "x", peer=best, seconds=seconds)
+    if {"lmkit_without_rustbpe", "tokenizers"} <= set(seconds):
+        ratio = seconds["lmkit_without_rustbpe"] / seconds["tokenizers"]
+        emit("bpe_train_without_rustbpe_vs_tokenizers", ratio, "x", seconds=seconds)
+
+
+def compare_encoding(args):
     encoded = interleaved(args, "encode", ENCODERS)
     same = len({row["config"]["ids"] for rows in encoded.values() for row in rows}) == 1
     speed = {impl: median(rows) for impl, rows in encoded.items()}
     emit("encode_vs_hf_fast", speed["lmkit"] / speed["hf_fast"], "x", same_ids=same, megabytes_per_cpu_second=speed)
-    shards = {n: [child(args, "shards", processes=n)[0] for _ in range(args.rounds)] for n in args.scaling}
-    per_core = statistics.median(row["config"]["megabytes_per_cpu_second"] for row in shards[args.scaling[0]])
-    emit("shards_vs_hf_fast_per_core", per_core / speed["hf_fast"], "x")
+
+
+def compare_shards(args):
+    """Per core against `PreTrainedTokenizerFast` measured beside it, and processes against one."""
+    rows = {n: [] for n in args.scaling}
+    peer = []
+    for _ in range(args.rounds):
+        peer += child(args, "encode", "hf_fast")
+        for n in args.scaling:
+            rows[n] += child(args, "shards", "memory", processes=n)
+    alone = rows[args.scaling[0]]
+    per_core = statistics.median(row["config"]["megabytes_per_cpu_second"] for row in alone)
+    emit("shards_vs_hf_fast_per_core", per_core / median(peer), "x", megabytes_per_cpu_second=per_core)
     for n in args.scaling[1:]:
-        emit("shards_scaling", median(shards[n]) / median(shards[args.scaling[0]]), "x", processes=n)
-    for impl in ("lmkit", "lmkit_without_rustbpe", "tokenizers"):
-        small, whole = (
-            child(args, "train", impl, megabytes=m, save="")[0] for m in (args.megabytes / 10, args.megabytes)
-        )
-        peaks = [row["config"]["peak_megabytes"] for row in (small, whole)]
-        emit("train_memory_growth", peaks[1] - peaks[0], "MB", impl=impl, megabytes=args.megabytes, peaks=peaks)
-    child(args, "run")
+        emit("shards_scaling", median(rows[n]) / median(alone), "x", processes=n)
+    child(args, "shards", "files")
+    small = child(args, "shards", "memory", megabytes=SMALL)
+    peaks = [row["config"]["peak_megabytes"] for row in (small[0], alone[0])]
+    emit("shards_memory_growth", peaks[1] - peaks[0], "MB", megabytes=[SMALL, args.megabytes], peaks=peaks)
+
+
+def compare_memory(args):
+    """Training on a text, and on the same ten times over. (Ten times as much new text has more words to count.)"""
+    for impl in ("lmkit", "lmkit_without_rustbpe"):
+        rows = [child(args, "train", impl, save="", megabytes=SMALL, repeat=n)[0] for n in (1, 10)]
+        peaks = [row["config"]["peak_megabytes"] for row in rows]
+        emit("train_memory_growth", peaks[1] - peaks[0], "MB", impl=impl, megabytes=[SMALL, 10 * SMALL], peaks=peaks)
+
+
+def main(args):
+    if "train" in args.parts:
+        compare_training(args)
+    if "encode" in args.parts:
+        compare_encoding(args)
+    if "shards" in args.parts:
+        compare_shards(args)
+    if "memory" in args.parts:
+        compare_memory(args)
+    if "run" in args.parts:
+        child(args, "run")
 
 
 if __name__ == "__main__":
@@ -279,14 +328,17 @@ if __name__ == "__main__":
     parser.add_argument("--megabytes", type=float, default=95, help="how much of it; a twentieth is held out")
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
     parser.add_argument("--scaling", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--save", default="", help="folder of lmkit's tokenizer: train writes it, other parts read it")
     parser.add_argument("--measure", choices=["train", "encode", "shards", "run"], help=argparse.SUPPRESS)
-    for hidden, kind in (("impl", str), ("save", str), ("processes", int)):
-        parser.add_argument(f"--{hidden}", type=kind, default=kind(), help=argparse.SUPPRESS)
+    for hidden, default in (("impl", ""), ("processes", 1), ("repeat", 1)):
+        parser.add_argument(f"--{hidden}", type=type(default), default=default, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         globals()[f"measure_{arguments.measure}"](arguments)
     else:
         with tempfile.TemporaryDirectory() as directory:
-            arguments.save = directory
+            arguments.save = arguments.save or directory
             main(arguments)

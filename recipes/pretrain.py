@@ -42,7 +42,7 @@ def main(config: PretrainConfig) -> Path:
     from lmkit.models.attention import packed_attention
     from lmkit.models.load import load_language_model
     from lmkit.models.presets import build_model
-    from lmkit.tokenization.train import load_tokenizer
+    from lmkit.tokenization.read import load_tokenizer
     from lmkit.training import loop
     from lmkit.training.losses import CausalLMLoss
 

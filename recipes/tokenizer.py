@@ -44,6 +44,7 @@ class TokenizerConfig(StageConfig):
     allow_smaller_vocab: bool = setting(False, "accept the vocabulary that the corpus supports")
     trainer: Literal["auto", "tokenizers", "rustbpe"] = knob("auto", "who counts and merges (bpe): the same result")
     num_processes: int = knob(os.cpu_count() or 1, "processes that encode the corpus", gt=0)
+    streaming: bool = knob(False, "read a hub: name over the network in each pass, without a copy on the disk")
 
     @model_validator(mode="before")
     @classmethod
@@ -61,14 +62,15 @@ def main(config: TokenizerConfig) -> Path:
     from lmkit.data.sources import read_text
     from lmkit.tokenization.chat import encode_text
     from lmkit.tokenization.measure import measure
-    from lmkit.tokenization.train import load_tokenizer, train_tokenizer
+    from lmkit.tokenization.read import load_tokenizer
+    from lmkit.tokenization.train import train_tokenizer
     from lmkit.tracking import Tracker
 
     def documents(split: str) -> Iterator[str]:
         """One pass over a split; documents held out of the corpus are chosen by their text."""
-        if split == "validation" and config.validation is not None:
-            return read_text(config.validation, document_separator=config.document_separator)
-        corpus = read_text(config.corpus, document_separator=config.document_separator)
+        own = split == "validation" and config.validation is not None
+        options = {"document_separator": config.document_separator, "streaming": config.streaming}
+        corpus = read_text(config.validation if own else config.corpus, **options)
         if config.validation is not None:
             return corpus
         return (d for d in corpus if in_validation(d, config.validation_fraction) == (split == "validation"))

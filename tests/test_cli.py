@@ -205,6 +205,27 @@ def test_tokenizer_explain_tells_the_ids(models):
     assert "does not exist" in output
 
 
+def test_tokenizer_measure_shows_files_and_other_tokenizers(models, tmp_path):
+    directory = models / "sft" / "model"
+    (tmp_path / "a.txt").write_text("a fox and a squirrel\n\nan owl")
+    code, output = lmkit("tokenizer", "measure", directory, tmp_path / "a.txt", "--compare", models / "ppo" / "model")
+    assert code == 0
+    table = {line.split("  ")[0]: line for line in output.splitlines()}
+    numbers = table[str(tmp_path / "a.txt")].split()[1:]
+    assert len(numbers) == 2
+    assert numbers[0] == numbers[1]
+    assert float(numbers[0]) > 1
+    assert table["documents changed"].split()[-2:] == ["0", "0"]
+    assert f"longest tokens of {directory}: ' squirrel'" in output
+    for wrong, message in (
+        ((models / "absent", tmp_path / "a.txt"), "nothing is fetched"),
+        (("no/such", tmp_path / "a.txt"), "nothing is fetched"),
+        ((directory, tmp_path / "b.txt"), "does not exist"),
+    ):
+        code, output = lmkit("tokenizer", "measure", *wrong)
+        assert (code, message in output) == (2, True)
+
+
 def test_chat_from_a_pipe(models):
     arguments = ["chat", str(models), "--compare", "sft,ppo", "--max-new-tokens", "12"]
     result = CliRunner().invoke(app, arguments, input="a fox\n\na squirrel\n")

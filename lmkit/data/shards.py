@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,8 +29,7 @@ if TYPE_CHECKING:  # the worker processes start without it
     from transformers import PreTrainedTokenizerBase
 
 BATCH_BYTES = 1 << 20
-# Starting processes takes longer than encoding this many batches.
-BATCHES_ALONE = 16
+BATCHES_ALONE = 4  # a smaller corpus is encoded before other processes have started
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,22 @@ def _encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_p
     spec, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
     batches = _batches(documents)
     first = next(batches, [])
-    fast = fast_is_exact(spec, first[:64])
+    fast = fast_is_exact(spec, [document[:4000] for document in first[:64]])
     encode = make_encoder(spec, fast)
     batches = itertools.chain([first], batches)
     for batch in itertools.islice(batches, BATCHES_ALONE if num_processes > 1 else None):
         yield _encode(batch, encode, end)
+    if (following := next(batches, None)) is None:
+        return
     # Not forked: the threads of `tokenizers` do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, _start_worker, (spec, fast, end)) as pool:
+        started = pool.submit(int)
         waiting: deque = deque()  # bounded, so that reading does not run ahead of encoding
-        for batch in batches:
+        for batch in itertools.chain([following], batches):
+            if not started.done():
+                yield _encode(batch, encode, end)
+                continue
             waiting.append(pool.submit(_work, batch))
             if len(waiting) > 2 * num_processes:
                 yield waiting.popleft().result()
@@ -187,8 +193,11 @@ def _work(batch: list[str]) -> Encoded:
 
 
 def _encode(batch: list[str], encode: Encoder, end: int) -> Encoded:
-    ids = encode(batch)
-    separator = np.array([end], np.uint32)
-    lengths = np.array([len(i) + 1 for i in ids], np.int64)
-    flat = np.concatenate([part for i in ids for part in (i, separator)] or [separator[:0]])
-    return flat, lengths, sum(len(document.encode()) for document in batch)
+    flat, lengths = [], []
+    for ids in encode(batch):
+        flat += ids
+        flat.append(end)
+        lengths.append(len(ids) + 1)
+    # Through `array`, which numpy reads as it is: ten times as fast as from a list.
+    tokens = np.frombuffer(array("I", flat), np.uint32)
+    return tokens, np.array(lengths, np.int64), sum(len(document.encode()) for document in batch)

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from lmkit.errors import BadInput
-from lmkit.tokenization.read import read_tokenizer
+from lmkit.tokenization.read import load_tokenizer
 
 Device = str | torch.device
 
@@ -24,7 +24,7 @@ def load_language_model(
 
     options: those of `from_pretrained` that place the weights themselves, as in `lmkit.training.lora.quantization`.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = _tokenizer(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, **options)
     return _placed(_matched(model, tokenizer, path), device, options), tokenizer
 
@@ -36,7 +36,7 @@ def load_reward_model(
 
     From the directory of a language model the head is new: zero, so that every score starts at 0.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = _tokenizer(path)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
@@ -51,22 +51,12 @@ def _placed(model: PreTrainedModel, device: str | torch.device, options: dict[st
     return model if "device_map" in options else model.to(device)
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; it must have a pad token that is not a stop token."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    if not (Path(path) / "config.json").is_file():
         raise BadInput(
             f"{path} is not a model directory: it has no config.json. Pass the folder save_pretrained wrote."
         )
-    if not (path / "tokenizer_config.json").is_file():
-        raise BadInput(f"{path} has no tokenizer. Save it there with tokenizer.save_pretrained.")
-    tokenizer = read_tokenizer(path)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise BadInput(
-            f"The tokenizer of {path} has {'no pad token' if tokenizer.pad_token_id is None else 'pad = eos'}: a model "
-            "trained with it would not learn to stop. Give it a pad token of its own and save it again."
-        )
-    return tokenizer
+    return load_tokenizer(path)
 
 
 def _matched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,15 +65,24 @@ def measure(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Iterable[str
     }
 
 
-def table(tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, Sequence[str]]) -> str:
-    """Tokenizers side by side: bytes per token on each of the named texts, share of the ids used, documents changed."""
-    facts = {name: measure(tokenizer, texts) for name, tokenizer in tokenizers.items()}
+def table(tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, Callable[[], Iterable[str]]]) -> str:
+    """Tokenizers side by side: bytes per token by text, share of the ids used, longest tokens, what does not come back.
+
+    texts: name -> a function that starts one pass over its documents.
+    """
+    facts = {
+        name: measure(tokenizer, {text: read() for text, read in texts.items()})
+        for name, tokenizer in tokenizers.items()
+    }
     rows = [["bytes per token", *facts]]
     rows += [[text, *(f"{f['bytes_per_token'][text]:.3f}" for f in facts.values())] for text in texts]
     rows.append(["vocabulary", *(f"{len(tokenizer):,}" for tokenizer in tokenizers.values())])
     rows.append(["of it used", *(f"{f['vocabulary_used']:.1%}" for f in facts.values())])
+    rows.append(["documents", *(str(f["num_documents"]) for f in facts.values())])
     rows.append(["documents changed", *(str(f["num_documents"] - f["num_exact"]) for f in facts.values())])
     rows.append(["hostile texts changed", *(str(len(f["hostile_changed"])) for f in facts.values())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     aligned = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows]
-    return "\n".join("  ".join(row) for row in aligned)
+    notes = [f"longest tokens of {name}: {' '.join(map(repr, f['longest_tokens']))}" for name, f in facts.items()]
+    notes += [f"{name} changes texts with {', '.join(c)}" for name, f in facts.items() if (c := f["hostile_changed"])]
+    return "\n".join(["  ".join(row) for row in aligned] + notes)

@@ -7,6 +7,8 @@ import resource
 import signal
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
@@ -26,6 +28,34 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template and tokenizer.chat_template != CHAT_TEMPLATE:
         _check_template(tokenizer, path)
     return tokenizer
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The same for a model that is to learn: BadInput unless there is an end of text, and a pad that is another."""
+    path = Path(path)
+    if not (path / "tokenizer_config.json").is_file():
+        raise BadInput(f"{path} has no tokenizer (no tokenizer_config.json). Save it there: tokenizer.save_pretrained.")
+    tokenizer = read_tokenizer(path)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise BadInput(
+            f"The tokenizer in {path} has eos_token {tokenizer.eos_token!r} and pad_token {tokenizer.pad_token!r}; "
+            "wanted both, and different: a model whose padding is its end would not learn to stop. Add one with "
+            "tokenizer.add_special_tokens and save it again."
+        )
+    return tokenizer
+
+
+def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """`read_tokenizer` of a directory, or of a name that this machine's cache of the Hub has; nothing is fetched."""
+    if Path(name).is_dir():
+        return read_tokenizer(Path(name))
+    try:
+        return read_tokenizer(Path(snapshot_download(name, local_files_only=True)))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise BadInput(
+            f"{name} is neither a tokenizer's directory nor in this machine's cache of the Hub. Check the path, or get "
+            f"it first with `hf download {name} --include 'tokenizer*'`; nothing is fetched by this command."
+        ) from None
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

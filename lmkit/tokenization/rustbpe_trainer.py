@@ -7,6 +7,7 @@ of their values. What rustbpe does not have is done here: the cap on runs, and t
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 import tiktoken
@@ -15,6 +16,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, capped, has_long_run
 
 SAMPLE_CHARACTERS = 4_000_000
+BUFFER_DOCUMENTS = 128  # rustbpe holds as many at once, 8192 unless told
+# Between a line end and the next line's first character no expression joins words.
+_LINES = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def train_rustbpe(
@@ -29,15 +33,17 @@ def train_rustbpe(
 
     sample: list[str] = []
     learner = rustbpe.Tokenizer()
-    learner.train_from_iterator(_prepared(documents, split, nfc, sample), num_tokens, pattern=split)
+    texts = _prepared(documents, split, nfc, sample)
+    learner.train_from_iterator(texts, num_tokens, buffer_size=BUFFER_DOCUMENTS, pattern=split)
     ranks = {bytes(token): rank for token, rank in learner.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
         return None
     # The token of the last merge stands for all occurrences of its pair: nothing merged it further.
     twin = tiktoken.Encoding(name="learnt", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-    seen = 0
+    last, seen = next(reversed(ranks)), 0
     for text in sample:
-        seen += int((twin.encode_to_numpy(text, disallowed_special=()) == num_tokens - 1).sum())
+        if last in text.encode():
+            seen += twin.encode_ordinary(text).count(num_tokens - 1)
         if seen >= min_frequency:
             return [_last_merge(token, ranks) for token, rank in ranks.items() if rank >= 256]
     return None
@@ -49,7 +55,8 @@ def _prepared(documents: Iterable[str], split: str, nfc: bool, sample: list[str]
     for document in documents:
         text = normalizer.normalize_str(document) if nfc else document
         if has_long_run(text):
-            yield from (word for word, _ in words.pre_tokenize_str(text))
+            for line in _LINES.split(text):
+                yield from (word for word, _ in words.pre_tokenize_str(line)) if has_long_run(line) else [line]
             continue
         if kept < SAMPLE_CHARACTERS:
             sample.append(text)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lmkit.errors import BadInput
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS, byte_level_tokenizer
 from lmkit.tokenization.chat import CHAT_TEMPLATE
-from lmkit.tokenization.read import read_tokenizer
 from lmkit.tokenization.vocabulary import (
     END_OF_TEXT,
     MIN_VOCAB,
@@ -83,21 +81,6 @@ def train_tokenizer(
             "more text, or set allow_smaller_vocab to true."
         )
     return wrap(backend, specials)
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer directory made elsewhere, checked for what a model needs: an end of text, and another pad."""
-    path = Path(path)
-    if not (path / "tokenizer.json").is_file():
-        raise BadInput(f"{path} has no tokenizer.json. Give a directory that tokenizer.save_pretrained wrote.")
-    tokenizer = read_tokenizer(path)
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        raise BadInput(
-            f"The tokenizer in {path} has eos_token {tokenizer.eos_token!r} and pad_token {tokenizer.pad_token!r}; "
-            "wanted both, and different: a model whose padding is its end never learns to stop. Add one with "
-            "tokenizer.add_special_tokens and save it again."
-        )
-    return tokenizer
 
 
 def wrap(backend: Tokenizer, specials: list[str]) -> PreTrainedTokenizerFast:

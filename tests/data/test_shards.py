@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -48,13 +49,28 @@ def test_special_tokens_in_a_corpus_stay_text(tokenizer, tmp_path):
     assert (written.tokens < 20).sum() == 1
 
 
+class AtOnce(ProcessPoolExecutor):
+    """Other processes that have always started, and are counted when they work."""
+
+    num_batches = 0
+
+    def submit(self, function, *batch):
+        AtOnce.num_batches += len(batch)
+        future = super().submit(function, *batch)
+        wait([future])
+        return future
+
+
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
 def test_processes_do_not_matter(kind, tmp_path, monkeypatch):
     tokenizer = train_tokenizer(lambda: DOCUMENTS, vocab_size=384, kind=kind, allow_smaller_vocab=True)
     alone = write_shards(DOCUMENTS, tokenizer, tmp_path / "one")
     monkeypatch.setattr(shards, "BATCH_BYTES", 500)
     monkeypatch.setattr(shards, "BATCHES_ALONE", 2)
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", AtOnce)
+    AtOnce.num_batches = 0
     write_shards(DOCUMENTS, tokenizer, tmp_path / "two", num_processes=2)
+    assert AtOnce.num_batches > 10
     for name in ("tokens.bin", "documents.bin", "meta.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert alone.tokens.tolist() == expected(tokenizer, DOCUMENTS)
@@ -63,6 +79,7 @@ def test_processes_do_not_matter(kind, tmp_path, monkeypatch):
 def test_reading_does_not_run_ahead_of_writing(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BATCH_BYTES", 1)
     monkeypatch.setattr(shards, "BATCHES_ALONE", 1)
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", AtOnce)
     ahead, read, encoded = 0, 0, 0
 
     def documents():
@@ -76,6 +93,19 @@ def test_reading_does_not_run_ahead_of_writing(tokenizer, tmp_path, monkeypatch)
         ahead = max(ahead, read - encoded)
     assert encoded == 60
     assert ahead <= 8
+
+
+def test_work_goes_on_while_the_other_processes_start(tokenizer, tmp_path, monkeypatch):
+    class Never(AtOnce):
+        def submit(self, function, *batch):
+            assert function is int
+            return Future()
+
+    alone = write_shards(DOCUMENTS, tokenizer, tmp_path / "one")
+    monkeypatch.setattr(shards, "BATCH_BYTES", 500)
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", Never)
+    written = write_shards(DOCUMENTS, tokenizer, tmp_path / "two", num_processes=2)
+    assert np.array_equal(written.tokens, alone.tokens)
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):

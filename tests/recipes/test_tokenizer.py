@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
+from datasets import Dataset
 from pydantic import ValidationError
 from tokenizer import TokenizerConfig, main
 from transformers import AutoTokenizer
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer
 from lmkit.config import load
 from lmkit.data.shards import Shards
 from lmkit.errors import BadInput
-from lmkit.stage import read_record
+from lmkit.stage import read_record, run
 from lmkit.tokenization.chat import encode_text, stop_token_ids
 
 
@@ -27,7 +29,8 @@ def corpus(tmp_path):
 
 
 def config(tmp_path, corpus, **changes):
-    values = {"output_dir": tmp_path / "out", "corpus": str(corpus), "vocab_size": 384, "num_processes": 1}
+    source = corpus if isinstance(corpus, list) else str(corpus)
+    values = {"output_dir": tmp_path / "out", "corpus": source, "vocab_size": 384, "num_processes": 1}
     return TokenizerConfig(**values | {"allow_smaller_vocab": True} | changes)
 
 
@@ -49,6 +52,23 @@ def test_the_stage_on_the_embedded_corpus(tmp_path, capsys):
     assert "sample: " in output
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_corpus_of_the_hub_gives_what_its_texts_give(streaming, tmp_path, corpus, monkeypatch):
+    rows = Dataset.from_dict({"text": corpus.read_text().split("\n\n")})
+    asked = []
+
+    def load_dataset(name, **where):
+        asked.append((name, where["revision"], where["streaming"]))
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = main(config(tmp_path, "hub:org/name@0123abc", streaming=streaming))
+    local = main(config(tmp_path, corpus, output_dir=tmp_path / "local"))
+    for name in ("tokenizer/tokenizer.json", "shards/train/tokens.bin", "shards/validation/documents.bin"):
+        assert (hub / name).read_bytes() == (local / name).read_bytes()
+    assert set(asked) == {("org/name", "0123abc", streaming)}
+
+
 def test_ones_own_text_is_divided_by_its_content(tmp_path, corpus):
     directory = main(config(tmp_path, corpus, validation_fraction=0.2))
     train, validation = (Shards.open(directory / "shards" / split) for split in ("train", "validation"))
@@ -58,6 +78,16 @@ def test_ones_own_text_is_divided_by_its_content(tmp_path, corpus):
     documents = [tokenizer.decode(ids) for ids in np.split(train.tokens, train.document_offsets[1:-1])]
     held = [tokenizer.decode(ids) for ids in np.split(validation.tokens, validation.document_offsets[1:-1])]
     assert not set(documents) & set(held)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_unigram"])
+def test_the_order_of_the_files_does_not_change_the_tokenizer(kind, tmp_path, corpus):
+    (tmp_path / "other.txt").write_text("A heron and a hare shared bread.\n\nThe heron slept." * 20)
+    files = [str(corpus), str(tmp_path / "other.txt")]
+    first = main(config(tmp_path, files, kind=kind))
+    second = main(config(tmp_path, files[::-1], kind=kind, output_dir=tmp_path / "reversed"))
+    name = "tokenizer/tokenizer.json"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_a_given_tokenizer_is_taken_as_it_is(tmp_path, corpus):
@@ -129,6 +159,40 @@ def test_a_bad_corpus_is_refused_and_nothing_is_made(content, message, tmp_path,
         main(config(tmp_path, corpus))
     assert not (tmp_path / "out" / "tokenizer").exists()
     assert not (tmp_path / "out" / "shards").exists()
+
+
+STORIES = b"The owl met the fox in the wood.\n\n" * 60 + b"The hen saw the owl."
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (b"", "", "holds no text"),
+        (b" \n\n\t\n", "", "holds no text"),
+        (b"good\n\nb\xe9d", "", "corpus.txt:3:2  the byte 0xe9 is not UTF-8"),
+        (STORIES, "--vocab_size 256", "Set it to 384"),
+        (STORIES, "--vocab_size 8192", "allow_smaller_vocab"),
+        (STORIES, "--special_tokens ['']", "special token ''"),
+        (STORIES, "--special_tokens ['\u3000']", "is not of the shape"),
+        (STORIES, "--special_tokens [the]", "special token 'the'"),
+        (STORIES, "--special_tokens ['<|a|>','<|a|>']", "given twice"),
+        (STORIES, "--special_tokens ['<|im_end|>']", "is there already"),
+        (STORIES, "--special_tokens ['<|im']", "special token '<|im'"),
+        (STORIES, "--tokenizer nowhere", "nowhere"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_nothing_is_made(content, flags, message, tmp_path, corpus, monkeypatch, capsys):
+    corpus.write_bytes(content)
+    output_dir = tmp_path / "out"
+    options = ["--corpus", str(corpus), "--output_dir", str(output_dir), "--num_processes", "1", "--vocab_size", "384"]
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", *options[: 6 if "vocab" in flags else 8], *flags.split()])
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as ending:
+        run(main, TokenizerConfig, None)
+    assert ending.value.code == 2
+    assert message in capsys.readouterr().err
+    left = {path.name for path in output_dir.rglob("*")} if output_dir.exists() else set()
+    assert not left & {"tokenizer", "shards", "stage.json", "tokenizer.json", "tokens.bin"}
 
 
 def test_a_vocabulary_the_corpus_cannot_fill_is_refused(tmp_path, corpus):

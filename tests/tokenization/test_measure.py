@@ -31,9 +31,19 @@ def test_hostile_texts_come_back_exactly(name, tokenizer):
 
 def test_tokenizers_side_by_side(tokenizer, documents):
     letters = train_tokenizer(lambda: documents, vocab_size=384, kind="sentencepiece_bpe", allow_smaller_vocab=True)
-    lines = table({"ours": tokenizer, "theirs": letters}, {"some.txt": documents, "b": ["zzzz"]}).splitlines()
-    assert lines[0].split() == ["bytes", "per", "token", "ours", "theirs"]
+    composing = train_tokenizer(lambda: documents, vocab_size=384, nfc=True)
+    tokenizers = {"ours": tokenizer, "theirs": letters, "nfc": composing}
+    texts = {"some.txt": lambda: iter(documents), "b": lambda: iter(["zzzz", "e\u0301"])}
+    lines = table(tokenizers, texts).splitlines()
+    assert lines[0].split() == ["bytes", "per", "token", "ours", "theirs", "nfc"]
     facts = measure(letters, {"some.txt": documents})
-    assert lines[1].split()[0::2] == ["some.txt", f"{facts['bytes_per_token']['some.txt']:.3f}"]
-    assert lines[2].split()[1] == "1.000"
-    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split()[0] == "some.txt"
+    assert lines[1].split()[2] == f"{facts['bytes_per_token']['some.txt']:.3f}"
+    cells = {line[:22].strip(): line[22:].split() for line in lines[1:8]}
+    assert cells["b"][0] == "1.000"
+    assert cells["documents"] == [str(len(documents) + 2)] * 3
+    assert cells["documents changed"] == ["0", "0", "1"]
+    assert cells["hostile texts changed"] == ["0", "0", "1"]
+    assert len({len(line) for line in lines[:8]}) == 1
+    assert lines[8].startswith("longest tokens of ours: '")
+    assert lines[11:] == ["nfc changes texts with combining marks"]

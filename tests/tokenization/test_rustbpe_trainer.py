@@ -3,10 +3,11 @@
 import random
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from lmkit.errors import BadInput
-from lmkit.tokenization import train
-from lmkit.tokenization.byte_level import SPLITS
+from lmkit.tokenization import rustbpe_trainer, train
+from lmkit.tokenization.byte_level import SPLITS, capped
 from lmkit.tokenization.rustbpe_trainer import train_rustbpe
 
 pytest.importorskip("rustbpe")
@@ -38,9 +39,24 @@ def test_merges_are_equal_for_each_split(split, documents):
 
 
 def test_merges_are_equal_with_long_words_and_nfc(documents):
-    corpus = [*documents, "x " + "ab" * 900 + " y", "e\u0301" * 700, "=" * 3000]
+    runs = ["ab" * 900, "=" * 900 + "\n" * 700, " " * 2000]
+    lines = "\n".join(["one", "  two", "", "three ", *runs, "'s four", "\tfive", *runs, "\r", "1"])
+    corpus = [*documents, "x " + "ab" * 900 + " y", "e\u0301" * 700, "=" * 3000, *[lines] * 3]
     first, second = both(corpus, vocab_size=384, nfc=True)
     assert first == second
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_lines_between_long_runs_are_cut_as_the_whole_text_is(split):
+    draw = random.Random(0)
+    units = ["a", "one", "=", "'s", " ", "\n", "\r\n", "\t", "12", "\x1c", "\u00a0", "\u2028", "x" * 600, " " * 600]
+    words = pre_tokenizers.Split(Regex(capped(split)), "isolated")
+    for _ in range(300):
+        text = "".join(draw.choices(units, k=30))
+        parts = rustbpe_trainer._LINES.split(text)
+        cut = [word for part in parts for word, _ in words.pre_tokenize_str(part)]
+        assert cut == [word for word, _ in words.pre_tokenize_str(text)]
+        assert "".join(parts) == text
 
 
 def test_a_corpus_that_ends_early_is_left_to_tokenizers(documents):
@@ -59,7 +75,7 @@ def test_two_merges_of_one_token_are_left_to_tokenizers(monkeypatch):
     """tokenizers gives both the same id, rustbpe two."""
 
     class Twice:
-        def train_from_iterator(self, documents, num_tokens, pattern):
+        def train_from_iterator(self, documents, num_tokens, buffer_size, pattern):
             list(documents)
 
         def get_mergeable_ranks(self):

@@ -8,13 +8,12 @@ import sys
 import time
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lmkit.errors import BadInput
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, SPLITS
 from lmkit.tokenization.chat import SPECIAL_TOKENS, encode_text
 from lmkit.tokenization.measure import round_trip
-from lmkit.tokenization.train import load_tokenizer, train_tokenizer
+from lmkit.tokenization.train import train_tokenizer
 
 KINDS = ("bpe", "sentencepiece_bpe", "sentencepiece_unigram")
 
@@ -213,17 +212,3 @@ def test_unusable_special_tokens_are_refused(names, documents):
 def test_too_many_special_tokens_are_refused(documents):
     with pytest.raises(BadInput, match="17 special tokens"):
         train_tokenizer(lambda: documents, vocab_size=384, special_tokens=[f"<|x{i}|>" for i in range(17)])
-
-
-def test_taking_a_tokenizer_checks_it(tokenizer, tmp_path):
-    with pytest.raises(BadInput, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    tokenizer.save_pretrained(tmp_path / "good")
-    assert encode_text(load_tokenizer(tmp_path / "good"), "a b") == encode_text(tokenizer, "a b")
-    bad = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|pad|>", pad_token="<|pad|>"
-    )
-    bad.save_pretrained(tmp_path / "bad")
-    with pytest.raises(BadInput, match="never learns to stop"):
-        load_tokenizer(tmp_path / "bad")
-    assert AutoTokenizer.from_pretrained(tmp_path / "bad").pad_token == "<|pad|>"
