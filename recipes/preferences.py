@@ -8,12 +8,12 @@ temperature) and errs in a share `flip` of the labels. The columns score_chosen 
 nothing trains on them. With `--labeler people` the stage writes output_dir/pairs.jsonl, stops for `lmkit label`, and
 the same command goes on once all pairs are answered.
 
-    python recipes/preferences.py --num_pairs 2000 --flip 0.1
     python recipes/preferences.py --num_pairs 50 --labeler people
 """
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from pydantic import field_validator
 
@@ -29,6 +29,7 @@ class PreferencesConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/preferences"), "where the stage writes")
     data: str | list[str] | None = source(None, "given pairs (prompt, chosen, rejected); empty: sample and label")
     mapping: dict[str, str] = setting({}, "columns of the files to prompt, chosen and rejected, where not recognised")
+    on_bad: Literal["error", "skip"] = setting("error", "given pairs that are none: an error above 1 %, or skipped")
     model: Path | None = source(Path("runs/tiny/sft/model"), "model whose completions are compared")
     prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to sample for")
     num_pairs: int = setting(4000, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
@@ -53,17 +54,18 @@ def main(config: PreferencesConfig) -> Path:
         return stage.directory
     from datasets import DatasetDict
 
+    from lmkit.data.formats import inspect_rows
     from lmkit.data.sources import load_pairs
     from lmkit.evaluation.label import heldout_rows
 
     with stage:
         if config.data is not None:
-            rows, facts = load_pairs(config.data, config.mapping), {}
+            rows, facts = load_pairs(config.data, config.mapping, config.on_bad), {}
         else:
             rows, facts = sample_pairs(config, stage, processes.join())
         held = heldout_rows([str(prompt) for prompt in rows["prompt"]], config.heldout_fraction, config.seed)
         pairs = DatasetDict(train=rows.select((~held).nonzero()[0]), heldout=rows.select(held.nonzero()[0]))
-        facts |= {f"num_{name}": len(pairs[name]) for name in pairs}
+        facts |= {f"num_{name}": len(pairs[name]) for name in pairs} | inspect_rows(pairs["train"], pairs["heldout"])
         stage.say("preferences: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in facts.items()))
         first = pairs["train"][0]
         stage.say(f"sample: {first['prompt']}\n  chosen:   {first['chosen']}\n  rejected: {first['rejected']}")
@@ -85,9 +87,7 @@ def sample_pairs(config: PreferencesConfig, stage: Stage, state):
 
     to_label = stage.directory / "pairs.jsonl"
     if config.labeler is None and to_label.exists():
-        rows, facts, report = people_labelled(to_label)
-        stage.say(report)
-        return rows, facts
+        return people_labelled(to_label, stage.say)
     score = scorer(config.labeler, state.device) if config.labeler else None
     model, tokenizer = load_language_model(config.model, state.device)
     available, k = load_prompts(config.prompts)["prompt"], config.num_generations
@@ -102,8 +102,7 @@ def sample_pairs(config: PreferencesConfig, stage: Stage, state):
             if stage.stop_requested():
                 raise Interrupted(f"stopped after {done} of {len(prompts)} completions, which are kept.")
 
-        options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-        options |= {"batch_size": config.batch_size, "seed": config.seed}
+        options = config.model_dump(include={"max_new_tokens", "temperature", "batch_size", "seed"})
         completions = complete_shared(model, tokenizer, prompts, state=state, progress=progress, keep=kept, **options)
     texts, pairs = [completion.text for completion in completions], pairs_of(num_prompts, k, config.num_pairs)
     if score is None:

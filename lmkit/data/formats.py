@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
@@ -24,6 +24,7 @@ from lmkit.errors import BadInput
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
+OnBad = Literal["error", "skip"]
 # More rows than this share that do not fit point to a wrong reading of the file rather than to a few bad rows.
 MAX_LOST = 0.01
 ROLES = {
@@ -50,71 +51,90 @@ _KNOWN = [
 ]
 
 
-def to_prompt_completion(rows: Dataset, mapping: Mapping[str, str] | None = None, source_name: str = "rows") -> Dataset:
+def to_prompt_completion(
+    rows: Dataset,
+    mapping: Mapping[str, str] | None = None,
+    source_name: str = "rows",
+    on_bad: OnBad = "error",
+    where: Callable[[int], str] = "row {}".format,
+) -> Dataset:
     """Demonstrations: columns `prompt` and `completion`, the others kept.
 
     Of a conversation the last assistant turn is the completion, all before it the prompt. Up to 1 % of rows without
-    one are left out with a warning, more are BadInput, as are columns that fit no known form.
+    one, or with nothing in it, are left out with a warning, more are BadInput unless `on_bad` is "skip"; none left is
+    BadInput always, as are columns that fit no known form. where: number of a row, from 1 -> what to call it.
 
     >>> rows = Dataset.from_list([{"instruction": "Add.", "input": "2 and 2", "output": "4", "id": 7}])
     >>> to_prompt_completion(rows)[0] == {"prompt": "Add.\\n\\n2 and 2", "completion": "4", "id": 7}
     True
     """
-    rows = _renamed(rows, mapping, source_name)
+    rows, fate = _renamed(rows, mapping, source_name), (source_name, on_bad, where)
     names = set(rows.column_names)
     if {"prompt", "completion"} <= names:
-        return _convert(rows, lambda r: _pair(r["prompt"], r["completion"]), ["prompt", "completion"], source_name)
+        return _convert(rows, lambda r: _pair(r["prompt"], r["completion"]), ["prompt", "completion"], *fate)
     if column := _conversation_column(names):
-        return _convert(rows, lambda r: _last_turn(_messages(r[column], r)), [column, "system"], source_name)
+        return _convert(rows, lambda r: _last_turn(_messages(r[column], r)), [column, "system"], *fate)
     if {"instruction", "output"} <= names:
         read = _alpaca_prompt(rows)
-        return _convert(rows, lambda r: _pair(read(r), r["output"]), [*_ALPACA, "output"], source_name)
+        return _convert(rows, lambda r: _pair(read(r), r["output"]), [*_ALPACA, "output"], *fate)
     if {"question", "answer"} <= names:
-        return _convert(rows, lambda r: _pair(r["question"], r["answer"]), ["question", "answer"], source_name)
+        return _convert(rows, lambda r: _pair(r["question"], r["answer"]), ["question", "answer"], *fate)
     raise _unknown(rows, ("prompt", "completion"), "demonstrations", source_name)
 
 
-def to_preferences(rows: Dataset, mapping: Mapping[str, str] | None = None, source_name: str = "rows") -> Dataset:
+def to_preferences(
+    rows: Dataset,
+    mapping: Mapping[str, str] | None = None,
+    source_name: str = "rows",
+    on_bad: OnBad = "error",
+    where: Callable[[int], str] = "row {}".format,
+) -> Dataset:
     """Preferences: columns `prompt`, `chosen` and `rejected`, the others kept.
 
     Whole conversations or transcripts in `chosen` and `rejected` are divided into the turns they share and the answers
     in which they differ. Rows that cannot be divided so are treated as in `to_prompt_completion`.
     """
-    rows = _renamed(rows, mapping, source_name)
+    rows, fate = _renamed(rows, mapping, source_name), (source_name, on_bad, where)
     names = set(rows.column_names)
     if not {"chosen", "rejected"} <= names:
         raise _unknown(rows, ("prompt", "chosen", "rejected"), "preferences", source_name)
     both = ["chosen", "rejected"]
     if "prompt" in names:
-        return _convert(rows, lambda r: _answers(r["prompt"], r), ["prompt", *both], source_name)
+        return _convert(rows, lambda r: _answers(r["prompt"], r), ["prompt", *both], *fate)
     if column := _conversation_column(names):
         consumed = [column, "system", *both]
-        return _convert(rows, lambda r: _answers(_messages(r[column], r), r), consumed, source_name)
+        return _convert(rows, lambda r: _answers(_messages(r[column], r), r), consumed, *fate)
     if "instruction" in names:
         read = _alpaca_prompt(rows)
-        return _convert(rows, lambda r: _answers(read(r), r), [*_ALPACA, *both], source_name)
+        return _convert(rows, lambda r: _answers(read(r), r), [*_ALPACA, *both], *fate)
     if "question" in names:
-        return _convert(rows, lambda r: _answers(r["question"], r), ["question", *both], source_name)
-    return _convert(rows, lambda r: _answers(None, r), both, source_name)
+        return _convert(rows, lambda r: _answers(r["question"], r), ["question", *both], *fate)
+    return _convert(rows, lambda r: _answers(None, r), both, *fate)
 
 
-def to_prompts(rows: Dataset, mapping: Mapping[str, str] | None = None, source_name: str = "rows") -> Dataset:
+def to_prompts(
+    rows: Dataset,
+    mapping: Mapping[str, str] | None = None,
+    source_name: str = "rows",
+    on_bad: OnBad = "error",
+    where: Callable[[int], str] = "row {}".format,
+) -> Dataset:
     """Prompts to sample for: a column `prompt`, the others kept; of a conversation, all before its last answer."""
-    rows = _renamed(rows, mapping, source_name)
+    rows, fate = _renamed(rows, mapping, source_name), (source_name, on_bad, where)
     names = set(rows.column_names)
     if "prompt" in names:
-        return _convert(rows, lambda r: {"prompt": _prompt(r["prompt"])}, ["prompt"], source_name)
+        return _convert(rows, lambda r: {"prompt": _prompt(r["prompt"])}, ["prompt"], *fate)
     if column := _conversation_column(names):
         consumed = [column, "system"]
-        return _convert(rows, lambda r: {"prompt": _open_prompt(_messages(r[column], r))}, consumed, source_name)
+        return _convert(rows, lambda r: {"prompt": _open_prompt(_messages(r[column], r))}, consumed, *fate)
     if "instruction" in names:
         alpaca = _alpaca_prompt(rows)
-        return _convert(rows, lambda r: {"prompt": _prompt(alpaca(r))}, _ALPACA, source_name)
+        return _convert(rows, lambda r: {"prompt": _prompt(alpaca(r))}, _ALPACA, *fate)
     if "question" in names:
-        return _convert(rows, lambda r: {"prompt": _prompt(r["question"])}, ["question"], source_name)
+        return _convert(rows, lambda r: {"prompt": _prompt(r["question"])}, ["question"], *fate)
     if {"chosen", "rejected"} <= names:
         consumed = ["chosen", "rejected"]
-        return _convert(rows, lambda r: {"prompt": _answers(None, r)["prompt"]}, consumed, source_name)
+        return _convert(rows, lambda r: {"prompt": _answers(None, r)["prompt"]}, consumed, *fate)
     raise _unknown(rows, ("prompt",), "prompts", source_name)
 
 
@@ -185,28 +205,46 @@ def _conversation_column(names: set[str]) -> str | None:
     return next((name for name in ("messages", "conversations", "conversation") if name in names), None)
 
 
-def _convert(rows: Dataset, read: Callable[[Row], Row], consumed: list[str], source: str) -> Dataset:
+def _convert(
+    rows: Dataset,
+    read: Callable[[Row], Row],
+    consumed: list[str],
+    source: str,
+    on_bad: OnBad,
+    where: Callable[[int], str],
+) -> Dataset:
     """The columns that `read` makes of each row beside those not consumed; rows it refuses are left out or BadInput."""
     made: list[Row] = []
     kept: list[int] = []
-    refused: list[str] = []
-    for number, row in enumerate(rows):
+    refused: list[tuple[int, str]] = []
+    for number, row in enumerate(each_row(rows)):
         try:
             made.append(read(row))
             kept.append(number)
         except _Refused as reason:
-            refused.append(f"row {number + 1} {reason}")
-    if len(refused) > MAX_LOST * len(rows) or not kept:
-        raise BadInput(f"{source}: {len(refused):,} of {len(rows):,} rows cannot be used; {'; '.join(refused[:3])}.")
+            refused.append((number + 1, str(reason)))
     if refused:
-        warnings.warn(f"{source}: left out {len(refused)} of {len(rows):,} rows; {refused[0]}", stacklevel=3)
+        shown = [f"{where(number)}  {reason}" for number, reason in refused[:3]]
+        if not kept or (on_bad == "error" and len(refused) > MAX_LOST * len(rows)):
+            hint = " Mend them, or leave them out: sft and preferences take --on_bad skip." if kept else ""
+            found = f"{len(refused):,} of {len(rows):,} rows cannot be used"
+            raise BadInput(f"{source}: {found}; {'; '.join(shown)}.{hint}")
+        warnings.warn(f"{source}: left out {len(refused)} of {len(rows):,} rows; {shown[0]}", stacklevel=3)
     if len({type(row["prompt"]) for row in made}) > 1:  # a column has one type
         for row in made:
             prompt = row["prompt"]
             row["prompt"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    rest = rows.select(kept).remove_columns([name for name in consumed if name in rows.column_names])
+    rest = rows.select(kept) if refused else rows
+    rest = rest.remove_columns([name for name in consumed if name in rows.column_names])
     target = Dataset.from_list(made)
     return concatenate_datasets([target, rest], axis=1) if rest.column_names else target
+
+
+def each_row(rows: Dataset) -> Iterator[Row]:
+    """The rows one by one, read a thousand at a time: several times as fast as iterating over the dataset."""
+    for batch in rows.iter(1000):
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
 
 
 # ------------------------------------------------------------------------------------------------------ one row
@@ -224,13 +262,18 @@ def _alpaca_prompt(rows: Dataset) -> Callable[[Row], str | Messages]:
     chat = any(name in rows.column_names and any(rows[name]) for name in ("system", "history"))
 
     def read(row: Row) -> str | Messages:
-        text = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        parts = [part for part in (row["instruction"], row.get("input")) if part]
+        if not all(isinstance(part, str) for part in parts):
+            raise _Refused(f"has {str(parts)[:60]} as instruction and input, which are not texts")
+        text = "\n\n".join(parts)
         if not chat:
             return text
         turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        for question, answer in row.get("history") or []:
-            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return [*turns, {"role": "user", "content": text}]
+        for turn in row.get("history") or []:
+            if not isinstance(turn, list) or len(turn) != 2:
+                raise _Refused(f"has {str(turn)[:60]!r} in its history, which is not a question and its answer")
+            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn)]
+        return _messages([*turns, {"role": "user", "content": text}])
 
     return read
 
@@ -242,8 +285,10 @@ def _messages(turns: Any, row: Row | None = None) -> Messages:
         raise _Refused(f"has {str(turns)[:60]!r} where a conversation was wanted")
     messages = []
     for turn in turns:
+        if not isinstance(turn, dict):
+            raise _Refused(f"has the turn {str(turn)[:60]!r}; wanted role and content")
         name, content = (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or "")
-        if name not in ROLES or not isinstance(content, str):
+        if not isinstance(name, str) or name not in ROLES or not isinstance(content, str):
             raise _Refused(
                 f"has a turn of {name!r} with {type(content).__name__}; known are {', '.join(ROLES)}, as text"
             )
@@ -295,13 +340,19 @@ def _text(value: Any) -> str:
 
 
 def _pair(prompt: Any, completion: Any) -> Row:
-    return {"prompt": _prompt(prompt), "completion": _text(completion)}
+    return {"prompt": _prompt(prompt), "completion": _target(_text(completion))}
+
+
+def _target(completion: str) -> str:
+    if not completion.strip():
+        raise _Refused("has an empty completion")
+    return completion
 
 
 def _last_turn(messages: Messages) -> Row:
     if messages[-1]["role"] != "assistant":
         raise _Refused("ends without an assistant turn")
-    return {"prompt": _open_prompt(messages), "completion": messages[-1]["content"]}
+    return {"prompt": _open_prompt(messages), "completion": _target(messages[-1]["content"])}
 
 
 def _answers(prompt: Any, row: Row) -> Row:

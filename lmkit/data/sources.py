@@ -6,11 +6,13 @@ tolerant reader turns a damaged file into a model that is a little worse, and no
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import pyarrow
@@ -18,12 +20,11 @@ from datasets import Dataset, IterableDataset
 from datasets.table import InMemoryTable
 
 from lmkit.artifact import MANIFEST, verify
-from lmkit.data.formats import to_preferences, to_prompt_completion, to_prompts
+from lmkit.data.formats import OnBad, to_preferences, to_prompt_completion, to_prompts
 from lmkit.data.strict import ROW_SUFFIXES, data_suffix, open_parquet, read_lines, read_rows, refuse
 from lmkit.errors import BadInput
 
 Source = str | Path
-OnBad = Literal["error", "skip"]
 MAX_DOCUMENT_CHARS = 64 * 2**20
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -58,55 +59,101 @@ def read_text(
     return _documents(_find(paths, TEXT_SUFFIXES), document_separator, on_bad)
 
 
-def load_rows(source: Source | list[Source]) -> Dataset:
+def load_rows(source: Source | list[Source], on_bad: OnBad = "error") -> Dataset:
     """All rows of a source: JSON, JSONL, CSV or parquet files (or .gz, .zst of them), folders, patterns, or a hub name.
 
     A folder is what `save_to_disk` wrote, its manifest checked if there is one, or holds data files. Only
     `hub:org/name[@revision][:split]` (split `train` unless named) asks the Hub; a path that does not exist is an
     error. Rows of local files are held in memory, and every row must have the first row's columns and types.
+
+    on_bad: "error" stops at the first line that is no such row, naming file and line; "skip" leaves them out and warns
+        with their number; more bad rows than good ones are BadInput, as is a nested value of another type than before.
     """
-    if isinstance(source, str) and source.startswith("hub:"):
-        return _from_hub(source)
-    if not isinstance(source, list) and Path(source).is_dir() and (found := _from_disk(Path(source))) is not None:
-        return _not_empty(found, source)
+    if (whole := _whole(source)) is not None:
+        return _not_empty(whole, source)
     files = _find(source, ROW_SUFFIXES)
     if all(data_suffix(file) == ".parquet" for file in files):
         return _not_empty(Dataset(InMemoryTable(_parquet_table(files))), source)
-    rows: list[dict[str, Any]] = []
-    types: dict[str, type] = {}
-    for file in files:
-        before = len(rows)
-        for where, row in read_rows(file, None):
-            if rows and row.keys() != rows[0].keys():
-                raise BadInput(
-                    f"{where}  has the columns {_names(row)}, the rows before it {_names(rows[0])}. "
-                    "Give every row the same columns (null where one has no value)."
-                )
-            _check_types(where, row, types)
-            rows.append(row)
-        if len(rows) == before:
-            raise BadInput(f"{file} holds no rows. Remove it or choose another file.")
+    skipped: list[str] | None = [] if on_bad == "skip" else None
+    rows = [row for _, row in _file_rows(files, skipped)]
+    if skipped:
+        found = f"left out {len(skipped):,} bad rows beside {len(rows):,} good ones, the first: {skipped[0]}"
+        if len(skipped) > len(rows):
+            raise BadInput(f"{source}: {found} More bad than good: the file was probably misread.")
+        warnings.warn(f"{source}: {found}", stacklevel=2)
     try:
         return Dataset.from_list(rows)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, TypeError, ValueError) as error:
+    except _UNLIKE as error:
+        number = 1 + bisect.bisect_left(range(1, len(rows)), True, key=lambda n: not _alike(rows[:n]))
         raise BadInput(
-            f"The rows of {source} differ in the types of a nested value: {error}. Make them alike."
+            f"{_place(source, number, on_bad)}  differs from the rows before it in the types of a nested value: "
+            f"{error}. Make them alike."
         ) from None
 
 
-def load_demonstrations(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+_UNLIKE = (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, TypeError, ValueError)
+
+
+def _alike(rows: list[dict[str, Any]]) -> bool:
+    try:
+        Dataset.from_list(rows)
+    except _UNLIKE:
+        return False
+    return True
+
+
+def _file_rows(files: list[Path], skipped: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of data files; a row with other columns or types than those before it is refused."""
+    first: dict[str, Any] = {}
+    types: dict[str, type] = {}
+    for file in files:
+        number, before = -1, len(skipped or ())
+        for number, (where, row) in enumerate(read_rows(file, skipped)):  # noqa: B007 - the last number is looked at
+            first = first or row
+            if row.keys() != first.keys():
+                found = f"{where}  has the columns {_names(row)}, the rows before it {_names(first)}."
+                refuse(f"{found} Give every row the same columns (null where one has no value).", skipped)
+            elif other := _other_type(row, types):
+                refuse(f"{where}  {other}", skipped)
+            else:
+                yield where, row
+        if number < 0 and len(skipped or ()) == before:
+            raise BadInput(f"{file} holds no rows. Remove it or choose another file.")
+
+
+def _place(source: Source | list[Source], number: int, on_bad: OnBad) -> str:
+    """Where the row of that number, from 1, stands: file:line. The files are read again, for a message alone."""
+    if _whole(source) is not None:
+        return f"row {number}"
+    rows = _file_rows(_find(source, ROW_SUFFIXES), [] if on_bad == "skip" else None)
+    return next(itertools.islice(rows, number - 1, None))[0]
+
+
+def load_demonstrations(
+    source: Source | list[Source], mapping: Mapping[str, str] | None = None, on_bad: OnBad = "error"
+) -> Dataset:
     """Rows of `prompt` and `completion`; see `load_rows` and `lmkit.data.formats.to_prompt_completion`."""
-    return to_prompt_completion(load_rows(source), mapping, str(source))
+    return _load(to_prompt_completion, source, mapping, on_bad)
 
 
-def load_pairs(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+def load_pairs(
+    source: Source | list[Source], mapping: Mapping[str, str] | None = None, on_bad: OnBad = "error"
+) -> Dataset:
     """Rows of `prompt`, `chosen` and `rejected`; see `load_rows` and `lmkit.data.formats.to_preferences`."""
-    return to_preferences(load_rows(source), mapping, str(source))
+    return _load(to_preferences, source, mapping, on_bad)
 
 
-def load_prompts(source: Source | list[Source], mapping: Mapping[str, str] | None = None) -> Dataset:
+def load_prompts(
+    source: Source | list[Source], mapping: Mapping[str, str] | None = None, on_bad: OnBad = "error"
+) -> Dataset:
     """Rows of `prompt`; see `load_rows` and `lmkit.data.formats.to_prompts`."""
-    return to_prompts(load_rows(source), mapping, str(source))
+    return _load(to_prompts, source, mapping, on_bad)
+
+
+def _load(convert: Callable[..., Dataset], source, mapping: Mapping[str, str] | None, on_bad: OnBad) -> Dataset:
+    if on_bad not in ("error", "skip"):
+        raise BadInput(f'on_bad is {on_bad!r}; wanted "error" or "skip".')
+    return convert(load_rows(source, on_bad), mapping, str(source), on_bad, lambda n: _place(source, n, on_bad))
 
 
 def check_rows(stage: str, config: Any) -> None:
@@ -119,7 +166,7 @@ def check_rows(stage: str, config: Any) -> None:
     }
     for field, read in readers.get(stage, {}).items():
         if (value := getattr(config, field)) is not None:
-            read(value, config.mapping if field.endswith("data") else None)
+            read(value, config.mapping if field.endswith("data") else None, getattr(config, "on_bad", "error"))
 
 
 # ------------------------------------------------------------------------------------------------------ finding
@@ -148,6 +195,13 @@ def _find(paths: Source | list[Source], suffixes: tuple[str, ...]) -> list[Path]
     if not files:
         raise BadInput("The list of sources is empty. Name at least one file, folder or pattern.")
     return files
+
+
+def _whole(source: Source | list[Source]) -> Dataset | None:
+    """What a hub name or a folder of `save_to_disk` holds; None when the source is files."""
+    if isinstance(source, str) and source.startswith("hub:"):
+        return _from_hub(source)
+    return _from_disk(Path(source)) if not isinstance(source, list) and Path(source).is_dir() else None
 
 
 def _from_disk(folder: Path) -> Dataset | None:
@@ -250,12 +304,19 @@ def _parquet_table(files: list[Path]) -> pyarrow.Table:
         raise BadInput(f"The parquet files from {files[0]} on differ in their types: {error}") from None
 
 
-def _check_types(where: str, row: dict[str, Any], types: dict[str, type]) -> None:
+def _other_type(row: dict[str, Any], types: dict[str, type]) -> str:
+    """What a row's column of another type than `types` has is to be told; else empty, and `types` knows the row's."""
+    found = {}
     for name, value in row.items():
         kind = float if isinstance(value, int) and not isinstance(value, bool) else type(value)
-        if value is not None and types.setdefault(name, kind) is not kind:
-            found, wanted = kind.__name__, types[name].__name__
-            raise BadInput(f"{where}  column {name} holds a {found}, in the rows before a {wanted}. Make them alike.")
+        if value is None:
+            continue
+        if types.get(name, kind) is not kind:
+            wanted = types[name].__name__
+            return f"column {name} holds a {kind.__name__}, in the rows before a {wanted}. Make them alike."
+        found[name] = kind
+    types |= found
+    return ""
 
 
 def _names(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,9 +113,9 @@ def read_rows(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path} row {number}", row
     elif suffix == ".csv":
-        yield from _csv_rows(path)
+        yield from _csv_rows(path, skipped)
     elif suffix == ".json" and _is_array(path):
-        yield from _array_rows(path)
+        yield from _array_rows(path, skipped)
     elif suffix in (".json", ".jsonl"):
         for number, line in read_lines(path, skipped):
             if line.strip() and (row := _json(line, f"{path}:{number}", skipped)) is not None:
@@ -137,7 +137,7 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         raise BadInput(f"{path} is not a readable parquet file ({error}). Fetch or make it again.") from None
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in read_lines(path, None)), strict=True)
     try:
@@ -147,7 +147,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for cells in reader:
             if len(cells) != len(header):
                 found = f"{len(cells)} cells where the header has {len(header)}"
-                raise BadInput(f"{path}:{reader.line_num}  has {found}. Quote cells with commas or line ends in them.")
+                refuse(f"{path}:{reader.line_num}  has {found}. Quote cells with commas or line ends in them.", skipped)
+                continue
             yield f"{path}:{reader.line_num}", dict(zip(header, cells))
     except csv.Error as error:
         raise BadInput(f"{path}:{reader.line_num}  is not valid CSV ({error}).") from None
@@ -157,16 +158,22 @@ def _is_array(path: Path) -> bool:
     return next((line.lstrip()[0] == "[" for _, line in read_lines(path, None) if line.strip()), False)
 
 
-def _array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _array_rows(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     values = _loads("".join(line for _, line in read_lines(path, None)), str(path), 1)
     for number, value in enumerate(values, 1):
-        yield f"{path} row {number}", _checked(value, f"{path} row {number}")
+        where = f"{path} row {number}"
+        if (row := _or_refused(lambda value=value, where=where: _checked(value, where), skipped)) is not None:
+            yield where, row
 
 
 def _json(line: str, where: str, skipped: list[str] | None) -> dict[str, Any] | None:
     path, _, number = where.rpartition(":")
+    return _or_refused(lambda: _checked(_loads(line.rstrip("\n"), path, int(number)), where), skipped)
+
+
+def _or_refused(read: Callable[[], dict[str, Any]], skipped: list[str] | None) -> dict[str, Any] | None:
     try:
-        return _checked(_loads(line.rstrip("\n"), path, int(number)), where)
+        return read()
     except BadInput as error:
         refuse(str(error), skipped)
     return None

@@ -151,8 +151,8 @@ def write_pairs(path: Path, prompts: Sequence[Any], completions: Sequence[str], 
     temporary.replace(path)
 
 
-def people_labelled(path: Path) -> tuple[Dataset, dict[str, float], str]:
-    """Rows of prompt, chosen, rejected as people decided, facts, and their report (see `lmkit.label`).
+def people_labelled(path: Path, say: Callable[[str], None]) -> tuple[Dataset, dict[str, float]]:
+    """Rows of prompt, chosen, rejected as people decided, and facts; `say` is given the report (see `lmkit.label`).
 
     Raises Interrupted, with what to do, until each pair has the answer of somebody.
     """
@@ -165,8 +165,8 @@ def people_labelled(path: Path) -> tuple[Dataset, dict[str, float], str]:
         )
     if not (rows := list(decided(pairs, answers))):
         raise BadInput(f"no pair of {path} is decided: every answer is a tie, a skip or met by its opposite.")
-    facts = {"undecided": len(pairs) - len(rows), "num_annotators": len(answers)}
-    return Dataset.from_list(rows), facts, report(pairs, answers)
+    say(report(pairs, answers))
+    return Dataset.from_list(rows), {"undecided": len(pairs) - len(rows), "num_annotators": len(answers)}
 
 
 def heldout_rows(keys: Sequence[Hashable], fraction: float, seed: int) -> np.ndarray:

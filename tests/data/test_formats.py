@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from lmkit.data.formats import inspect_rows, to_preferences, to_prompt_completion, to_prompts
+from lmkit.data.formats import _transcript, inspect_rows, to_preferences, to_prompt_completion, to_prompts
 from lmkit.errors import BadInput
 
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
@@ -85,6 +85,30 @@ def test_transcripts_keep_names_inside_paragraphs_and_empty_turns():
 
 
 @pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("\n\nHuman: a", [("user", "a")]),
+        ("\n\nHuman: a\n\nAssistant: b", [("user", "a"), ("assistant", "b")]),
+        ("\n\nHuman:a\n\nAssistant:b", [("user", "a"), ("assistant", "b")]),
+        ("\n\nHuman: a\n\nHuman: b", [("user", "a"), ("user", "b")]),
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", [("user", "a"), ("assistant", "b"), ("assistant", "c")]),
+        ("\n\nHuman:\n\nAssistant:", [("user", ""), ("assistant", "")]),
+        ("\n\nHuman: a\n\n\n\nAssistant: b\n\n", [("user", "a"), ("assistant", "b")]),
+        ("\n\nHuman: Human: a", [("user", "Human: a")]),
+        ("\n\nHuman: a Human: b\nHuman: c\n Assistant: d", [("user", "a Human: b\nHuman: c\n Assistant: d")]),
+        (
+            "\n\nHuman: a\n\nHumans: b\n\nhuman: c\n\nThe Human: d",
+            [("user", "a\n\nHumans: b\n\nhuman: c\n\nThe Human: d")],
+        ),
+        ("\n\nHuman: a\n\nAssistant : b", [("user", "a\n\nAssistant : b")]),
+        ("\n\nHuman: a\n\nb\n\n- c", [("user", "a\n\nb\n\n- c")]),
+    ],
+)
+def test_the_turns_of_a_transcript(text, turns):
+    assert [(turn["role"], turn["content"]) for turn in _transcript(text)] == turns
+
+
+@pytest.mark.parametrize(
     ("row", "prompt", "extra"),
     [
         ({"prompt": "Hi", "completion": "Hello"}, "Hi", {"completion": "Hello"}),
@@ -144,7 +168,7 @@ def test_unknown_columns_name_what_was_found_and_the_mapping_to_write(convert, r
 @pytest.mark.parametrize(
     ("convert", "row", "message"),
     [
-        (to_prompt_completion, {"messages": [USER]}, "row 1 ends without an assistant turn"),
+        (to_prompt_completion, {"messages": [USER]}, "row 1  ends without an assistant turn"),
         (to_prompt_completion, {"messages": [HELLO]}, "no user turn to answer"),
         (to_prompt_completion, {"messages": []}, "where a conversation was wanted"),
         (to_prompt_completion, {"messages": [{"role": "narrator", "content": "x"}]}, "a turn of 'narrator'"),
@@ -167,12 +191,16 @@ def test_rows_that_do_not_fit(convert, row, message):
 
 def test_few_bad_rows_are_left_out_and_more_are_an_error():
     good, bad = {"prompt": "Hi", "completion": "Hello", "id": 1}, {"prompt": "", "completion": "Hello", "id": 2}
-    with pytest.warns(UserWarning, match="left out 1 of 100 rows; row 3 has an empty prompt"):
+    with pytest.warns(UserWarning, match="left out 1 of 100 rows; row 3  has an empty prompt"):
         made = to_prompt_completion(rows(good, good, bad, *[good] * 97))
     assert set(made["id"]) == {1}
     assert len(made) == 99
-    with pytest.raises(BadInput, match=r"2 of 100 rows cannot be used; row 1 .*; row 2"):
+    with pytest.raises(BadInput, match=r"2 of 100 rows cannot be used; row 1 .*; row 2 .*--on_bad skip"):
         to_prompt_completion(rows(bad, bad, *[good] * 98))
+    with pytest.warns(UserWarning, match="left out 98 of 100 rows"):
+        assert len(to_prompt_completion(rows(good, good, *[bad] * 98), on_bad="skip")) == 2
+    with pytest.raises(BadInput, match="3 of 3 rows cannot be used"):
+        to_prompt_completion(rows(*[bad] * 3), on_bad="skip")
 
 
 def test_inspection_counts():

@@ -226,7 +226,8 @@ def test_null_and_whole_numbers_among_fractions_are_fine(write):
         ('{"a": 1}\n\n{"b": 1}\n', r"a\.jsonl:3  has the columns b, the rows before it a"),
         ('{"a": 1}\n{"a": 1, "b": 2}\n', r"a\.jsonl:2  has the columns a, b"),
         ('{"a": "x"}\n{"a": ["x"]}\n', r"a\.jsonl:2  column a holds a list, in the rows before a str"),
-        ('{"a": {"b": 1}}\n{"a": {"b": "x"}}\n', "types of a nested value"),
+        ('{"a": {"b": 1}}\n{"a": {"b": "x"}}\n', r"a\.jsonl:2  differs .* types of a nested value"),
+        ('{"a": [1]}\n' * 9 + '{"a": ["x"]}\n' + '{"a": [1]}\n' * 9, r"a\.jsonl:10  differs"),
         ("\n \n", "holds no rows"),
     ],
 )
@@ -251,6 +252,40 @@ def test_bad_rows_are_refused(write, content, message):
 def test_bad_files_of_rows_are_refused(write, name, content, message):
     with pytest.raises(BadInput, match=message):
         load_rows(write(name, content))
+
+
+def test_skip_leaves_out_bad_rows_and_says_how_many(write):
+    for path, place in (
+        (write("a.jsonl", '{"a": 1}\n{"b": 1}\n{"a": "x"}\n{\n{"a": 2}\n{"a": 3}\n{"a": 4}\n'), r"a\.jsonl:2"),
+        (write("a.json", '[{"a": 1}, 2, {"a": 2}, {"a": [1]}, {"b": 1}, {"a": 3}, {"a": 4}]'), "a.json row 2"),
+    ):
+        with pytest.raises(BadInput, match=place):
+            load_rows(path)
+        with pytest.warns(UserWarning, match=rf"left out 3 bad rows beside 4 good ones, the first: .*{place}"):
+            assert load_rows(path, "skip")["a"][:] == [1, 2, 3, 4]
+    with pytest.warns(UserWarning, match=r"left out 1 bad rows .*a\.csv:3  has 1 cells"):
+        assert load_rows(write("a.csv", "a,b\n1,2\n3\n4,5\n"), "skip").to_list() == [
+            {"a": "1", "b": "2"},
+            {"a": "4", "b": "5"},
+        ]
+    with pytest.raises(BadInput, match=r"left out 2 bad rows beside 1 good .* More bad than good"):
+        load_rows(write("b.jsonl", '{"a": 1}\n{\n{\n'), "skip")
+
+
+def test_a_row_without_a_target_is_found_in_its_file(write, tmp_path):
+    good, bad = {"prompt": "Hi", "completion": "Hello"}, {"prompt": "Hi", "completion": ""}
+    write("d/1.jsonl", json.dumps(good) + "\n\n" + json.dumps(good) + "\n")
+    write("d/2.json", json.dumps([good, bad], indent=1))
+    with pytest.raises(BadInput, match=r"1 of 4 rows cannot be used; \S+2\.json row 2  has an empty completion"):
+        load_demonstrations(tmp_path / "d")
+    Dataset.from_list([good, bad]).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(BadInput, match=r"d\.parquet row 2  has an empty"):
+        load_demonstrations(tmp_path / "d.parquet")
+    Dataset.from_list([good, bad]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BadInput, match=r"saved: 1 of 2 rows cannot be used; row 2  has"):
+        load_demonstrations(tmp_path / "saved")
+    with pytest.raises(BadInput, match="on_bad is 'drop'"):
+        load_demonstrations(tmp_path / "d", on_bad="drop")
 
 
 def test_parquet_files_must_agree(tmp_path):

@@ -68,22 +68,22 @@ def test_what_a_labeler_does_wrong_is_named(scores, message):
 
 
 def test_people_label_what_is_written_for_them(tmp_path):
-    path, texts = tmp_path / "pairs.jsonl", ["a", "b", "same", "same", "c", "d"]
+    path, said, texts = tmp_path / "pairs.jsonl", [], ["a", "b", "same", "same", "c", "d"]
     write_pairs(path, ["p", "p", "q", "q", "r", "r"], texts, pairs_of(3, 2, 3))
     first, second = read_pairs(path)
     assert (first.prompt, first.completions, second.prompt) == ("p", ("a", "b"), "r")
     with pytest.raises(Interrupted, match="2 of 2 pairs wait for a person: `lmkit label "):
-        people_labelled(path)
+        people_labelled(path, print)
     answers = Answers(answers_path(path, "anna"))
     answers.add(first.id, "second", False, 1)
     with pytest.raises(Interrupted, match="1 of 2 pairs"):
-        people_labelled(path)
+        people_labelled(path, print)
     answers.add(second.id, "tie", False, 1)
     answers.close()
-    rows, facts, report = people_labelled(path)
+    rows, facts = people_labelled(path, said.append)
     assert rows.to_list() == [{"prompt": "p", "chosen": "b", "rejected": "a", "num_votes": 1, "agreement": 1.0}]
     assert facts == {"undecided": 1, "num_annotators": 1}
-    assert "anna" in report
+    assert "anna" in said[0]
     with pytest.raises(BadInput, match="nothing to compare"):
         write_pairs(path, ["q", "q"], ["same", "same"], pairs_of(1, 2, 1))
 
@@ -94,7 +94,7 @@ def test_only_ties_of_people_is_an_error(tmp_path):
     answers.add(read_pairs(tmp_path / "pairs.jsonl")[0].id, "skip", False, 1)
     answers.close()
     with pytest.raises(BadInput, match="every answer is a tie, a skip"):
-        people_labelled(tmp_path / "pairs.jsonl")
+        people_labelled(tmp_path / "pairs.jsonl", print)
 
 
 def test_no_prompt_is_on_both_sides():
