@@ -6,14 +6,15 @@ import itertools
 import json
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lmkit.artifact import write_json
 from lmkit.config import StageConfig
-from lmkit.errors import Interrupted
+from lmkit.errors import BadInput, Interrupted
 from lmkit.processes import run_group
-from lmkit.stage import Stage, made_from
+from lmkit.stage import Stage, in_round, made_from, recipe_of
 
 RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the name is known
 CHAIN_SEED = -1  # stands for the chain's seed
@@ -32,6 +33,44 @@ def chained(cls: type[StageConfig]) -> Any:
     return relocated(cls(), Path("runs/tiny"), RUN, CHAIN_SEED)
 
 
+def repeated(config: StageConfig, stage: str, rounds: int) -> StageConfig:
+    """A recipe's configuration in the chain, as that of one of its stages, with the paths of the stage's round.
+
+    Round r samples from the policy of the round before and goes on from its reward model; its PPO starts at that policy
+    and is held near it. The evaluation judges the last policy.
+    """
+    recipe, number = recipe_of(stage)
+    if recipe == "evaluation":
+        moves = {name: in_round(name, rounds) for name in ("ppo", "reward")}
+    else:
+        before = {"preferences": "ppo", "reward": "reward", "ppo": "ppo"}.get(recipe)
+        moves = {} if number == 1 else {recipe: stage, "sft": in_round(before, number - 1)}
+        moves |= {name: in_round(name, number) for name in ("preferences", "reward") if name != recipe}
+    for old, new in moves.items():
+        config = relocated(config, RUN / old, RUN / new, config.seed)
+    # A judge that no policy climbs is trained once, in the first round.
+    return config.model_copy(update={"judge_dir": None}) if recipe == "reward" and number > 1 else config
+
+
+def selected(
+    stages: list[str],
+    first: str | None,
+    last: str | None,
+    only: str | None,
+    redo: str | None,
+    launch: Iterable[str],
+) -> list[str]:
+    """The stages to go through, in order; BadInput names what is none of them."""
+    for name in (first, last, only, redo, *launch):
+        if name not in (None, *stages):
+            raise BadInput(f"{name} is not a stage. The stages are {', '.join(stages)}.")
+    first, last = only or first or stages[0], only or last or stages[-1]
+    chosen = stages[stages.index(first) : stages.index(last) + 1]
+    if redo not in (None, *chosen):
+        raise BadInput(f"--redo {redo} is not among the stages to go through: {', '.join(chosen) or 'none'}.")
+    return chosen
+
+
 def is_stale(stage: Stage, run_dir: Path) -> bool:
     """Whether a stage has its present settings but was made from other outputs of earlier stages of the run."""
     made = made_from(stage.directory)
@@ -41,7 +80,7 @@ def is_stale(stage: Stage, run_dir: Path) -> bool:
 
 def stage_command(stage: str, run_dir: Path, launcher: Path | None = None) -> list[str]:
     """The command a person would type to run one stage: plain python, or `accelerate launch` with a configuration."""
-    recipe = Path(__file__).resolve().parents[1] / "recipes" / f"{stage}.py"
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / f"{recipe_of(stage)[0]}.py"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(launcher)] if launcher else []
     return [sys.executable, *launch, str(recipe), "--config", str(run_dir / "configs" / f"{stage}.yaml")]
 

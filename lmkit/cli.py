@@ -19,7 +19,7 @@ import typer
 
 from lmkit.artifact import MANIFEST, verify
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
-from lmkit.stage import CHAIN, read_record
+from lmkit.stage import CHAIN, in_round, read_record, recipe_of, rounds_of, stages_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 TALKERS = ("ppo", "sft", "pretrain")  # stages whose model writes text, the latest first
@@ -42,7 +42,7 @@ def exit_codes() -> Iterator[None]:
 def status(run: Run) -> None:
     """The stages of a run: state, age, size, fingerprint, and what would run next."""
     with exit_codes():
-        rows = [(stage, *stage_state(run, stage)) for stage in stages_of(run)]
+        rows = [(stage, *stage_state(run, stage)) for stage in stages_in(run)]
     header = ("stage", "age", "size", "fingerprint", "state")
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, *rows):
@@ -57,7 +57,7 @@ def verify_run(run: Run) -> None:
     with exit_codes():
         folders = {path.parent for path in run.rglob(MANIFEST)}
         recorded = {}
-        for stage in stages_of(run):
+        for stage in stages_in(run):
             artifacts = (read_record(run / stage) or {"artifacts": {}})["artifacts"]
             recorded |= {run / stage / name: manifest_id for name, manifest_id in artifacts.items()}
         damaged = 0
@@ -81,7 +81,7 @@ def verify_run(run: Run) -> None:
 def report(run: Run) -> None:
     """Write report.html, report.md and plots/ from what the run's stages recorded."""
     with exit_codes():
-        stages_of(run)
+        stages_in(run)
         from lmkit.report.report import write_report
 
         print(write_report(run))
@@ -156,7 +156,7 @@ def curate(
 ) -> None:
     """Leave out duplicate prompts, cluster the rest by the run's SFT model, keep as many of each: RUN/curation."""
     with exit_codes():
-        stages_of(run)
+        stages_in(run)
         from lmkit.data.curation import curate
 
         options = {"num_prompts": num_prompts, "num_clusters": num_clusters, "threshold": threshold, "seed": seed}
@@ -202,10 +202,10 @@ def measure(
 # --------------------------------------------------------------------------------------------------- what is in a run
 
 
-def stages_of(run: Path) -> list[str]:
+def stages_in(run: Path) -> list[str]:
     """The chain's stages, when `run` holds at least one of them; BadInput says what is there otherwise."""
     if any((run / stage).is_dir() for stage in CHAIN):
-        return list(CHAIN)
+        return stages_of(rounds_of(run))
     raise BadInput(f"{run} is not a run: wanted a folder with {', '.join(CHAIN)}, such as runs/tiny. {neighbours(run)}")
 
 
@@ -216,7 +216,8 @@ def find_models(run: Path, compare: list[str]) -> dict[str, Path]:
             if compare:
                 raise BadInput(f"{folder} is one model; --compare {','.join(compare)} needs a run, such as runs/tiny.")
             return {folder.parent.name if folder.name == "model" else folder.name: folder}
-    there = {name: run / name / "model" for name in TALKERS if (run / name / "model" / "config.json").is_file()}
+    talkers = [*(in_round("ppo", number) for number in range(rounds_of(run), 1, -1)), *TALKERS]
+    there = {name: run / name / "model" for name in talkers if (run / name / "model" / "config.json").is_file()}
     if not there:
         raise BadInput(
             f"{run} has no model that talks: wanted a model folder, or a run (such as runs/tiny) with "
@@ -264,7 +265,9 @@ def outdated(run: Path, record: dict[str, Any]) -> list[str]:
     for name, entry in record["inputs"].items():
         path = Path(entry["path"])
         manifest = run / path.parent.name / path.name / MANIFEST
-        if path.parent.name in CHAIN and manifest.exists() and json.loads(manifest.read_text())["id"] != entry["id"]:
+        if recipe_of(path.parent.name)[0] not in CHAIN or not manifest.exists():
+            continue
+        if json.loads(manifest.read_text())["id"] != entry["id"]:
             names.append(name)
     return names
 

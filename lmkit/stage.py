@@ -34,6 +34,7 @@ from lmkit.processes import check_launcher, die_with_parent, is_main, lost_anoth
 from lmkit.tracking import printable
 
 CHAIN = ("tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluation")
+ROUND = ("preferences", "reward", "ppo")  # what each further round of a chain does again
 # Keys of a pass-through `train` mapping that change what is shown or kept, never what is learnt.
 KNOBS = frozenset({"output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name"})
 KNOBS |= {"disable_tqdm", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy"}
@@ -76,6 +77,40 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
+# ----------------------------------------------------------------------------------------------------------- rounds
+
+
+def stages_of(rounds: int) -> list[str]:
+    """The stages of a chain in order; those of round r > 1 have a name of their own.
+
+    >>> stages_of(2)[3:]
+    ['preferences', 'reward', 'ppo', 'preferences-2', 'reward-2', 'ppo-2', 'evaluation']
+    """
+    again = [in_round(name, number) for number in range(2, rounds + 1) for name in ROUND]
+    return [*CHAIN[:-1], *again, CHAIN[-1]]
+
+
+def in_round(recipe: str, number: int) -> str:
+    """The stage of a recipe in a round of a chain, and its folder: `reward`, `reward-2`, `reward-3`, ..."""
+    return recipe if number == 1 else f"{recipe}-{number}"
+
+
+def recipe_of(stage: str) -> tuple[str, int]:
+    """The recipe of a stage and the number of its round.
+
+    >>> recipe_of("reward-2"), recipe_of("sft")
+    (('reward', 2), ('sft', 1))
+    """
+    recipe, _, number = stage.partition("-")
+    return recipe, int(number) if number.isdigit() else 1
+
+
+def rounds_of(run: Path) -> int:
+    """How many rounds a run directory has folders of."""
+    found = [recipe_of(path.name) for path in run.glob("*-*") if path.is_dir()]
+    return max((number for recipe, number in found if recipe in ROUND), default=1)
+
+
 # ------------------------------------------------------------------------------------------------------------ stage
 
 
@@ -89,6 +124,8 @@ class Stage:
     def __init__(self, name: str, config: StageConfig):
         self.name, self.config = name, config
         self.directory = Path(config.output_dir)
+        # What the chain calls it: a stage of a later round by its folder.
+        self.title = self.directory.name if recipe_of(self.directory.name)[0] == name else name
         if not str(self.directory).isprintable():
             raise BadInput(f"output_dir is {str(self.directory)!r}: wanted a path without control characters.")
         self.checkpoints = self.directory / "checkpoints"
@@ -110,7 +147,7 @@ class Stage:
             changes = "; ".join(self.changed_settings(made) + inputs) or "its fingerprint"
             raise BadInput(
                 f"{self.directory} was made with other settings: {changes}. Choose another run name, or redo it with "
-                f"`python recipes/rlhf.py --redo {self.name}` (the old one is moved aside, not deleted)."
+                f"`python recipes/rlhf.py --redo {self.title}` (the old one is moved aside, not deleted)."
             )
         if record is None:
             return False
@@ -118,9 +155,9 @@ class Stage:
             if verify(self.directory / artifact) != manifest_id:
                 raise CorruptInput(
                     f"{self.directory / artifact} is whole, but not what stage.json records. Redo it with "
-                    f"`python recipes/rlhf.py --redo {self.name}`."
+                    f"`python recipes/rlhf.py --redo {self.title}`."
                 )
-        self.say(f"{self.name}: finished already, skipped ({self.directory})", log=False)
+        self.say(f"{self.title}: finished already, skipped ({self.directory})", log=False)
         return True
 
     def changed_settings(self, made: dict) -> list[str]:

@@ -15,57 +15,53 @@ from evaluation import EvaluationConfig
 from ppo import PPOStageConfig
 from preferences import PreferencesConfig
 from pretrain import PretrainConfig
-from pydantic import Field
+from pydantic import Field, model_validator
 from reward import RewardStageConfig
 from sft import SFTStageConfig
 from tokenizer import TokenizerConfig
 
+from lmkit import chain
 from lmkit.artifact import require
-from lmkit.chain import CHAIN_SEED, RUN, chained, is_stale, move_aside, relocated, run_process, stage_command
 from lmkit.config import Config, StageConfig, knob, setting, to_yaml
-from lmkit.errors import BadInput
 from lmkit.processes import require_one
-from lmkit.stage import CHAIN, Stage, inputs_of, made_from, run
+from lmkit.stage import Stage, inputs_of, made_from, recipe_of, run, stages_of
 
 
 class RLHFConfig(Config):
     name: str = setting("tiny", "the run's name; everything is written below runs/NAME", pattern=r"^\w[\w.-]{0,63}$")
     seed: int = setting(0, "seed of every stage whose section gives none")
     runs_dir: Path = knob(Path("runs"), "where runs are kept")
+    rounds: int = setting(1, "how often preferences, reward and ppo are done, each time from the last policy", gt=0)
     launch: dict[str, Path] = knob({}, "stages to start by `accelerate launch`: {ppo: accelerate_configs/ddp.yaml}")
     first: str | None = Field(None, alias="from", description="the first stage to run")
     to: str | None = knob(None, "the last stage to run")
     only: str | None = knob(None, "the one stage to run")
     redo: str | None = knob(None, "a stage to make again; the old one is moved aside")
     dry_run: bool = knob(False, "print what would run, and why")
-    tokenizer: TokenizerConfig = chained(TokenizerConfig)
-    pretrain: PretrainConfig = chained(PretrainConfig)
-    sft: SFTStageConfig = chained(SFTStageConfig)
-    preferences: PreferencesConfig = chained(PreferencesConfig)
-    reward: RewardStageConfig = chained(RewardStageConfig)
-    ppo: PPOStageConfig = chained(PPOStageConfig)
-    evaluation: EvaluationConfig = chained(EvaluationConfig)
+    tokenizer: TokenizerConfig = chain.chained(TokenizerConfig)
+    pretrain: PretrainConfig = chain.chained(PretrainConfig)
+    sft: SFTStageConfig = chain.chained(SFTStageConfig)
+    preferences: PreferencesConfig = chain.chained(PreferencesConfig)
+    reward: RewardStageConfig = chain.chained(RewardStageConfig)
+    ppo: PPOStageConfig = chain.chained(PPOStageConfig)
+    evaluation: EvaluationConfig = chain.chained(EvaluationConfig)
 
     @property
     def output_dir(self) -> Path:
         return self.runs_dir / self.name
 
+    @model_validator(mode="after")
+    def _can_be_repeated(self) -> "RLHFConfig":
+        given = {"preferences.data": self.preferences.data, "center_on": self.reward.center_on == "samples"}
+        if self.rounds > 1 and (found := [name for name, value in given.items() if value]):
+            raise ValueError(f"rounds {self.rounds} and {found[0]}: a later round samples its pairs; leave one out")
+        return self
+
     def section(self, stage: str) -> StageConfig:
         """The stage's configuration with this run's paths and seed."""
-        config = getattr(self, stage)
-        return relocated(config, RUN, self.output_dir, self.seed if config.seed == CHAIN_SEED else config.seed)
-
-
-def selected(config: RLHFConfig) -> list[str]:
-    """The stages to go through, in order."""
-    for name in (config.first, config.to, config.only, config.redo, *config.launch):
-        if name not in (None, *CHAIN):
-            raise BadInput(f"{name} is not a stage. The stages are {', '.join(CHAIN)}.")
-    first, last = config.only or config.first or CHAIN[0], config.only or config.to or CHAIN[-1]
-    stages = list(CHAIN[CHAIN.index(first) : CHAIN.index(last) + 1])
-    if config.redo not in (None, *stages):
-        raise BadInput(f"--redo {config.redo} is not among the stages to go through: {', '.join(stages) or 'none'}.")
-    return stages
+        config = chain.repeated(getattr(self, recipe_of(stage)[0]), stage, self.rounds)
+        seed = self.seed if config.seed == chain.CHAIN_SEED else config.seed
+        return chain.relocated(config, chain.RUN, self.output_dir, seed)
 
 
 def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
@@ -76,26 +72,28 @@ def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
     if made_from(section.output_dir) is None:
         from lmkit.data.sources import check_rows
 
-        check_rows(stage, section)
+        check_rows(recipe_of(stage)[0], section)
 
 
 def main(config: RLHFConfig) -> Path:
     require_one("rlhf.py, which starts each stage itself with the launcher named under `launch`,")
     began, ran = time.time(), []
-    sections = {name: config.section(name) for name in selected(config)}
+    stages = stages_of(config.rounds)
+    names = chain.selected(stages, config.first, config.to, config.only, config.redo, config.launch)
+    sections = {name: config.section(name) for name in names}
     for name, section in sections.items():
         check_outside(name, section, config.output_dir)
     for name, section in sections.items():
-        redo = config.redo == name
-        command = shlex.join(words := stage_command(name, config.output_dir, config.launch.get(name)))
+        redo, (recipe, _) = config.redo == name, recipe_of(name)
+        command = shlex.join(words := chain.stage_command(name, config.output_dir, config.launch.get(recipe)))
         if config.dry_run and ran:
             print(f"{name}: would run, unless what it reads comes out unchanged")
             continue
-        if redo or is_stale(stage := Stage(name, section), config.output_dir):
+        if redo or chain.is_stale(stage := Stage(recipe, section), config.output_dir):
             why = "asked for" if redo else "what it reads has changed"
             print(f"{name}: to be made again ({why}); the old one {'would be' if config.dry_run else 'is'} kept")
             if not config.dry_run:
-                move_aside(section.output_dir)
+                chain.move_aside(section.output_dir)
         elif stage.finished:
             continue
         ran.append(name)
@@ -104,8 +102,8 @@ def main(config: RLHFConfig) -> Path:
             continue
         (config.output_dir / "configs").mkdir(parents=True, exist_ok=True)
         (config.output_dir / "configs" / f"{name}.yaml").write_text(to_yaml(section), encoding="utf-8")
-        print(f"\n[{CHAIN.index(name) + 1}/{len(CHAIN)}] {command}", flush=True)
-        if code := run_process(words, section.output_dir):
+        print(f"\n[{stages.index(name) + 1}/{len(stages)}] {command}", flush=True)
+        if code := chain.run_process(words, section.output_dir):
             print(f"The chain stopped at {name}. To go on: {shlex.join([sys.executable, *sys.argv])}", file=sys.stderr)
             sys.exit(code)
     if ran and not config.dry_run:

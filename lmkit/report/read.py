@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmkit.stage import CHAIN, read_record
+from lmkit.stage import read_record, rounds_of, stages_of
 from lmkit.tracking import read_jsonl
 
 
@@ -48,7 +48,8 @@ class Run:
 
     @property
     def unfinished(self) -> list[str]:
-        return [name for name in CHAIN if name not in self.stages or self.stages[name].record is None]
+        names = stages_of(rounds_of(self.path))
+        return [name for name in names if name not in self.stages or self.stages[name].record is None]
 
     @property
     def models(self) -> list[str]:
@@ -72,7 +73,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     path = Path(path)
-    stages = {name: _read_stage(path / name) for name in CHAIN if (path / name).is_dir()}
+    stages = {name: _read_stage(path / name) for name in stages_of(rounds_of(path)) if (path / name).is_dir()}
     results = path / "evaluation" / "results"
     found, curation = (_json(file) or {} for file in (results / "metrics.json", path / "curation" / "clusters.json"))
     return Run(path, stages, found, read_jsonl(results / "samples.jsonl"), curation)

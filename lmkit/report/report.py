@@ -18,6 +18,7 @@ from lmkit.report.blocks import Answers, Block, Code, Figures, Heading, Table, T
 from lmkit.report.checks import warnings
 from lmkit.report.plots import best_of_kl_key, best_of_sizes, write_plots
 from lmkit.report.read import Run, pretrain_lines, read_run, series
+from lmkit.stage import ROUND, in_round, recipe_of
 from lmkit.tracking import duration, printable, short
 
 NUM_PROMPTS = 12
@@ -84,6 +85,7 @@ def content(run: Run, plots: Mapping[str, Path]) -> Iterator[Block]:
         if blocks:
             yield Heading(title)
             yield from blocks
+    yield from _rounds(run)
     if run.samples:
         yield from _samples(run)
     if run.curation:
@@ -187,6 +189,24 @@ def cell(found: Mapping[str, Any], key: str, digits: int) -> str:
     low, high = found.get(f"{key}_low"), found.get(f"{key}_high")
     interval = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
     return f"{float(found[key]):.{digits}f}{interval}"
+
+
+def _rounds(run: Run) -> Iterator[Block]:
+    """What each round of a chain reached; the pictures above are of the first."""
+    numbers = sorted({recipe_of(name)[1] for name in run.stages})
+    if len(numbers) < 2:
+        return
+    rows = []
+    for number in numbers:
+        pairs, reward, ppo = (run.metrics(in_round(name, number)) for name in ROUND)
+        after = [cell(ppo, f"eval/{key}", digits) for key, digits in (("score", 2), ("kl", 2), ("gold", 2))]
+        rows.append([str(number), str(pairs.get("num_train", "-")), cell(reward, "accuracy", 3), *after])
+    yield Heading("Rounds")
+    yield Table(["round", "pairs", "reward model's accuracy", "score by it", "KL of the round (nats)", "gold"], rows)
+    yield Text(
+        "A round's scores are its own reward model's and not to be held against another's; its KL counts from the policy "
+        "it started from. Pictures of reward model and PPO are of the first round."
+    )
 
 
 def _samples(run: Run) -> Iterator[Block]:

@@ -241,3 +241,86 @@ def test_paths_follow_the_name_unless_they_are_given():
     assert config.section("ppo").seed == 7
     with pytest.raises(BadInput, match="given twice"):
         load(rlhf.RLHFConfig, ["--sft", "{data: a, data: b}"])
+
+
+def sections(*flags):
+    config = load(rlhf.RLHFConfig, ["--name", "r", "--rounds", "3", *flags])
+    return {name: config.section(name) for name in rlhf.stages_of(config.rounds)}
+
+
+def test_a_round_starts_from_the_one_before():
+    found = sections()
+    at = {name: str(section.output_dir) for name, section in found.items()}
+    assert at == {name: f"runs/r/{name}" for name in found}
+    assert list(found)[3:] == [
+        f"{stage}{n}" for n in ("", "-2", "-3") for stage in ("preferences", "reward", "ppo")
+    ] + ["evaluation"]
+    assert str(found["preferences"].model) == "runs/r/sft/model"
+    assert str(found["preferences-3"].model) == "runs/r/ppo-2/model"
+    assert str(found["reward-2"].model) == "runs/r/reward/model"
+    assert str(found["reward-3"].model) == "runs/r/reward-2/model"
+    assert str(found["reward-3"].data) == "runs/r/preferences-3/data"
+    assert str(found["ppo-2"].model) == "runs/r/ppo/model"
+    assert str(found["ppo-2"].reward) == "runs/r/reward-2/model"
+    assert str(found["evaluation"].sft) == "runs/r/sft/model"
+    assert str(found["evaluation"].ppo) == "runs/r/ppo-3/model"
+    assert str(found["evaluation"].reward) == "runs/r/reward-3/model"
+    one = load(rlhf.RLHFConfig, ["--name", "r"])
+    for stage in CHAIN[:6]:
+        assert one.section(stage) == found[stage]
+
+
+def test_a_round_keeps_the_paths_that_are_given_and_trains_no_second_judge():
+    found = sections("--ppo.model", "runs/other/sft/model", "--reward.judge_dir", "runs/r/judge")
+    assert str(found["ppo-2"].model) == "runs/other/sft/model"
+    assert found["reward"].judge_dir == Path("runs/r/judge")
+    assert found["reward-2"].judge_dir is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preferences.data", "pairs.jsonl"], "rounds 3 and preferences.data"),
+        (["--reward.center_on", "samples"], "rounds 3 and center_on"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(BadInput, match=message):
+        sections(*flags)
+
+
+def test_stages_of_later_rounds_are_named_like_others(tmp_path, capsys):
+    flags = ["--runs_dir", str(tmp_path), "--rounds", "2", "--dry-run"]
+    rlhf.main(load(rlhf.RLHFConfig, ["--config", "recipes/configs/nano/rlhf.yaml", *flags, "--to", "reward-2"]))
+    said = capsys.readouterr().out
+    assert "reward-2: would run" in said
+    assert "ppo-2" not in said
+    with pytest.raises(BadInput, match=r"ppo-3 is not a stage. The stages are .*ppo-2, evaluation"):
+        rlhf.main(load(rlhf.RLHFConfig, [*flags, "--redo", "ppo-3"]))
+
+
+@pytest.mark.slow
+def test_a_second_round_goes_on_from_the_first_and_is_finished_like_it(nano, tmp_path):
+    runs = tmp_path / "copy"
+    shutil.copytree(nano[0], runs)
+    again = run(*flags(runs), "--rounds", 2)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert again.stdout.count("finished already, skipped") == 6
+    assert "[7/10]" in again.stdout
+    assert "evaluation: to be made again (what it reads has changed)" in again.stdout
+    kl = json.loads((runs / "nano" / "ppo-2" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(kl.get("eval/kl", kl.get("objective/kl"))) < 1e-4, "the reference is the policy of the first round"
+    assert read_record(runs / "nano" / "evaluation")["inputs"]["ppo"]["path"].endswith("ppo-2/model")
+    assert "Rounds" in (runs / "nano" / "report.md").read_text()
+    last = run(*flags(runs), "--rounds", 2)
+    assert last.stdout.count("finished already, skipped") == 10
+    lmkit = [sys.executable, "-c", "from lmkit.cli import app; app()"]
+    for command, expected in (("status", "reward-2"), ("verify", "ppo-2/model")):
+        shown = subprocess.run([*lmkit, command, str(runs / "nano")], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        assert expected in shown.stdout
+    changed = run(*flags(runs), "--rounds", 2, "--ppo.train.kl_coef", 0.5, "--from", "ppo-2", "--redo", "ppo-2")
+    assert changed.returncode == 0, changed.stderr[-2000:]
+    assert (runs / "nano" / "ppo-2.old-1").is_dir()
+    shown = subprocess.run([*lmkit, "status", str(runs / "nano")], capture_output=True, text=True)
+    assert "old" not in shown.stdout

@@ -9,7 +9,7 @@ import math
 import random
 from pathlib import Path
 
-from lmkit.report.read import CHAIN
+from lmkit.stage import CHAIN
 
 MODELS = ("base", "sft", "ppo", "best_of_8")
 GOLD = {"base": 1.2, "sft": 3.29, "best_of_8": 5.08, "ppo": 5.42}
