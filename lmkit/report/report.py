@@ -204,8 +204,8 @@ def _rounds(run: Run) -> Iterator[Block]:
     yield Heading("Rounds")
     yield Table(["round", "pairs", "reward model's accuracy", "score by it", "KL of the round (nats)", "gold"], rows)
     yield Text(
-        "A round's scores are its own reward model's and not to be held against another's; its KL counts from the policy "
-        "it started from. Pictures of reward model and PPO are of the first round."
+        "A round's scores are its own reward model's and not to be held against another's; its KL counts from where it "
+        "started. Pictures of reward model and PPO are of the first round."
     )
 
 
