@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # The CPU build where an index offers it (several GB smaller); any torch that pyproject.toml admits otherwise.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: rlhf test slow lint install
+# Everything in tests/faults; `make faults FAULTS=few` takes a sample of each in a few minutes.
+FAULTS ?= all
+
+.PHONY: rlhf test slow faults lint install
 
 rlhf: $(VENV)/.installed
 	$(BIN)/python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml
@@ -15,6 +18,9 @@ test: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow" --timeout=1800 --durations=0
+
+faults: $(VENV)/.installed-test
+	FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -m faults --timeout=1800
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,57 @@
+"""The reference chain, made once, and the table at the end: name, tried, passed, figure."""
+
+import os
+
+import pytest
+
+from tests.faults.harness import Harness
+
+LINES = []
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture(scope="session")
+def everything():
+    """Whether to try all there is (FAULTS=all), or a sample of it."""
+    return os.environ.get("FAULTS", "few") == "all"
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory):
+    made = Harness(tmp_path_factory.mktemp("faults"))
+    made.make_chain()
+    return made
+
+
+class Tally:
+    """Counts what was tried and what held; `figure` is what else the line says."""
+
+    def __init__(self, name):
+        self.name, self.tried, self.passed, self.figure = name, 0, 0, ""
+
+    def count(self, held, number=1):
+        self.tried += number
+        self.passed += number * bool(held)
+        return held
+
+
+@pytest.fixture
+def tally(request):
+    """The test's line in the table, from the first line of its docstring."""
+    name = (request.function.__doc__ or request.node.name).strip().split("\n")[0].rstrip(".")
+    kind = request.node.name.partition("[")[2].rstrip("]")
+    made = Tally(f"{name} [{kind}]" if kind else name)
+    yield made
+    LINES.append(made)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if LINES:
+        terminalreporter.write_sep("=", "faults: what was tried, what held")
+    for line in LINES:
+        terminalreporter.write_line(f"{line.name:<86} tried {line.tried:>5}  passed {line.passed:>5}  {line.figure}")
