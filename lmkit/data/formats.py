@@ -151,10 +151,10 @@ def inspect_rows(rows: Dataset, held_out: Dataset | None = None) -> dict[str, in
     """
     targets = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
     keys = _keys(rows, ["prompt", *targets])
-    empty = zip(*([not str(value).strip() for value in rows[name]] for name in targets))
+    empty = zip(*([not str(value).strip() for value in rows[name][:]] for name in targets))
     counts = {"rows": len(rows), "duplicates": len(keys) - len(set(keys)), "no_target": sum(map(any, empty))}
     if "chosen" in targets:
-        counts["equal_pairs"] = sum(a == b for a, b in zip(rows["chosen"], rows["rejected"]))
+        counts["equal_pairs"] = sum(a == b for a, b in zip(rows["chosen"][:], rows["rejected"][:]))
     if held_out is not None:
         whole, prompts = set(keys), set(_keys(rows, ["prompt"]))
         counts["held_out_rows"] = len(held_out)
@@ -164,7 +164,7 @@ def inspect_rows(rows: Dataset, held_out: Dataset | None = None) -> dict[str, in
 
 
 def _keys(rows: Dataset, names: list[str]) -> list[str]:
-    return [json.dumps([row[name] for name in names]) for row in rows.select_columns(names)]
+    return [json.dumps([row[name] for name in names]) for row in each_row(rows.select_columns(names))]
 
 
 # ------------------------------------------------------------------------------------------------------ columns

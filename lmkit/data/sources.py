@@ -63,8 +63,9 @@ def load_rows(source: Source | list[Source], on_bad: OnBad = "error") -> Dataset
     """All rows of a source: JSON, JSONL, CSV or parquet files (or .gz, .zst of them), folders, patterns, or a hub name.
 
     A folder is what `save_to_disk` wrote, its manifest checked if there is one, or holds data files. Only
-    `hub:org/name[@revision][:split]` (split `train` unless named) asks the Hub; a path that does not exist is an
-    error. Rows of local files are held in memory, and every row must have the first row's columns and types.
+    `hub:org/name[@revision][:split]` (split `train` unless named) asks the Hub, and `hub:org/name:split[:N]` streams
+    the first N rows of it; a path that does not exist is an error. Rows of local files are held in memory, and every
+    row must have the first row's columns and types.
 
     on_bad: "error" stops at the first line that is no such row, naming file and line; "skip" leaves them out and warns
         with their number; more bad rows than good ones are BadInput, as is a nested value of another type than before.
@@ -216,12 +217,19 @@ def _from_disk(folder: Path) -> Dataset | None:
 
 
 def _from_hub(source: str, streaming: bool = False) -> Dataset | IterableDataset:
-    match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?(?::([\w.-]+))?", source)
+    match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w.-]+))?(?::([\w.-]+)(?:\[:(\d+)\])?)?", source)
     if match is None:
-        raise BadInput(f"{source} is not a hub name. Write hub:org/name, hub:org/name:split or hub:org/name@revision.")
-    name, revision, split = match.groups()
+        raise BadInput(
+            f"{source} is not a hub name. Write hub:org/name, hub:org/name:split or hub:org/name@revision, and "
+            "hub:org/name:split[:1000] for its first rows alone."
+        )
+    name, revision, split, first = match.groups()
+    streamed = streaming or first is not None
     try:
-        rows = datasets.load_dataset(name, split=split or "train", revision=revision, streaming=streaming)
+        rows = datasets.load_dataset(name, split=split or "train", revision=revision, streaming=streamed)
+        if first is not None:
+            rows = rows.take(int(first))
+            rows = rows if streaming else Dataset.from_list(list(rows))
     except (OSError, ValueError, ConnectionError) as error:
         raise BadInput(f"{source} could not be loaded from the Hub: {error}. Check name, split and network.") from None
     return rows if streaming else _not_empty(rows, source)

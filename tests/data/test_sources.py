@@ -351,6 +351,28 @@ def test_a_stream_is_read_as_it_comes_and_never_held(monkeypatch):
         read_text("hub:texts", streaming=True)
 
 
+def test_the_first_rows_of_the_hub_are_streamed(monkeypatch):
+    taken = []
+
+    def load_dataset(name, split, revision, streaming):
+        def rows():
+            for number in range(1000):
+                taken.append(number)
+                yield {"prompt": f"{split} {number}", "completion": "a"}
+
+        assert streaming
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_demonstrations("hub:org/name@0123abc:test[:3]")
+    assert rows["prompt"][:] == ["test 0", "test 1", "test 2"]
+    assert len(taken) < 10
+    with pytest.raises(BadInput, match="holds no rows"):
+        load_rows("hub:org/name:test[:0]")
+    with pytest.raises(BadInput, match=r"split\[:1000\] for its first rows"):
+        load_rows("hub:org/name:test[5:]")
+
+
 def test_hub_failure_is_bad_input(monkeypatch):
     def load_dataset(name, split, revision, streaming):
         raise ConnectionError("no route")
