@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from lmkit.data.blocks import Blocks
+from lmkit.data.blocks import Blocks, Packing
 from lmkit.data.order import shuffled
+from lmkit.data.shards import Shards
 from lmkit.errors import BadInput
 
 CYCLE = 4096  # samples in which every corpus has exactly its share
@@ -20,13 +23,18 @@ class Mixture:
 
     Each cycle of 4,096 positions is a shuffled deal of slots, of which corpus k owns its share; the blocks of a corpus
     come in its own shuffled epochs, however often the others are repeated. Empty weights: by the numbers of blocks.
+
+    num_samples: None, as `lmkit.training.loop.fit` takes it. A single corpus is no mixture: `fetch` takes the numbers
+    of its blocks then, and there are `num_samples` of them.
     """
 
     def __init__(self, corpora: Sequence[Blocks], weights: Sequence[float], seed: int):
+        self.corpora, self.seed = corpora, seed
+        self.num_tokens = sum(len(corpus.tokens) for corpus in corpora)
+        self.num_samples = len(corpora[0]) if len(corpora) == 1 else None
         weights = np.array(weights or [len(corpus) for corpus in corpora], float)
         if len(weights) != len(corpora):
             raise BadInput(f"weights has {len(weights)} numbers for {len(corpora)} shards. Give one for each.")
-        self.corpora, self.seed = corpora, seed
         self.slots = apportion(weights, CYCLE)
         if not self.slots.all():
             low = int(np.argmin(self.slots))
@@ -34,6 +42,9 @@ class Mixture:
                 f"weights: {weights[low]:g} of {weights.sum():g} is less than one sample in {CYCLE}. Raise it, or "
                 "leave this corpus out."
             )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.corpora))
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Corpus and block [N] read at the positions [N], counted from the start of training."""
@@ -50,6 +61,8 @@ class Mixture:
 
     def fetch(self, positions: np.ndarray) -> dict[str, Tensor]:
         """The batch at the positions [B], in their order; narrower rows are padded to the widest."""
+        if self.num_samples is not None:
+            return self.corpora[0].fetch(positions)
         corpora, blocks = self.draw(positions)
         present = np.unique(corpora)
         parts = [self.corpora[k].fetch(blocks[corpora == k]) for k in present]
@@ -62,6 +75,24 @@ class Mixture:
             )[back]
             for name in parts[0]
         }
+
+
+def open_mixture(
+    folders: Sequence[Path],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    packing: Packing,
+    document_mask: bool,
+    weights: Sequence[float],
+    seed: int,
+) -> Mixture:
+    """The mixture of one split of the shards in `folders`; BadInput when another tokenizer made one of them."""
+    corpora = [Shards.open(folder / split) for folder in folders]
+    for shards in corpora:
+        shards.check_tokenizer(tokenizer)
+    return Mixture([Blocks(shards, context_length, packing, document_mask) for shards in corpora], weights, seed)
 
 
 def apportion(weights: np.ndarray, total: int) -> np.ndarray:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from lmkit.errors import BadInput
+
 NAME = "lmkit"
 
 
@@ -39,6 +41,14 @@ def causal_attention(
     """
     if query.shape[2] != key.shape[2]:
         raise ValueError("the attention named lmkit has no cache: call the model with use_cache=False")
+    window = kwargs.get("sliding_window")
+    asked = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if asked or (window is not None and window < query.shape[2]):
+        raise BadInput(
+            f"{type(module).__name__} asks for {asked[0] if asked else f'a sliding window of {window} tokens'}, which "
+            "training on packed rows does not have. Start from another model"
+            + (", or lower model.context_length." if window is not None and not asked else ".")
+        )
     mask = None
     if document_ids is not None:
         mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()

@@ -6,6 +6,9 @@ tiny         1.0 M        4    128        4 x 32  minutes on a CPU
 small        110 M       12    768       6 x 128  one GPU
 base         0.5 B       24   1280      10 x 128  several
 * with qwen3 and vocabularies of 512, 1024, 32768 and 32768; the embedding is shared with the output.
+
+Or one dial: `depth` layers of width 64 x depth with heads of 128, as nanochat scales (github.com/karpathy/nanochat,
+scripts/base_train.py); `lmkit.training.dial` sets batch, learning rate and length of the training from it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ PRESETS = {
     "small": dict(zip(_SIZES, (12, 768, 128, 2048, 1024))),
     "base": dict(zip(_SIZES, (24, 1280, 128, 3456, 2048))),
 }
+_MULTIPLE = 128  # of every dimension that the dial sets: what matrix units like
 # The layers whose output is added to the residual stream.
 _RESIDUAL_OUTPUT = re.compile(r"(o_proj|down_proj|c_proj)\.weight$")
 
@@ -35,6 +39,7 @@ class ModelConfig(Config):
     """A size and an architecture; a size left empty is the preset's."""
 
     preset: Literal["nano", "tiny", "small", "base"] = setting("tiny", "sizes to start from")
+    depth: int | None = setting(None, "instead of a preset: layers, from which all sizes and the training follow", gt=0)
     arch: Literal["qwen3", "llama", "gpt2"] = setting("qwen3", "architecture: a stock transformers class")
     context_length: int | None = setting(None, "longest sequence in tokens", gt=0)
     num_hidden_layers: int | None = setting(None, "number of layers", gt=0)
@@ -51,9 +56,31 @@ class ModelConfig(Config):
         return self
 
     def sizes(self) -> dict[str, Any]:
-        """The preset's sizes with the given ones on top."""
-        given = {key: getattr(self, key) for key in PRESETS[self.preset]}
-        return PRESETS[self.preset] | {key: value for key, value in given.items() if value is not None}
+        """The preset's sizes, or those of the depth, with the given ones on top."""
+        base = PRESETS[self.preset] if self.depth is None else by_depth(self.depth)
+        return base | {key: value for key in _SIZES if (value := getattr(self, key)) is not None}
+
+    def num_matrix_weights(self, vocab_size: int) -> int:
+        """Weights of the layers' matrices and of the output layer: what scaling laws count."""
+        sizes = self.sizes()
+        width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+        return sizes["num_hidden_layers"] * width * (4 * width + self._matrices_inside * inner) + vocab_size * width
+
+    @property
+    def _matrices_inside(self) -> int:
+        """Matrices of a feed-forward layer: the two gated architectures have one more."""
+        return 2 if self.arch == "gpt2" else 3
+
+
+def by_depth(depth: int) -> dict[str, int]:
+    """Sizes of a model of `depth` layers: width 64 a layer, feed-forward 8/3 as wide, both rounded up to 128.
+
+    >>> by_depth(12)["hidden_size"], by_depth(12)["intermediate_size"], by_depth(3)["hidden_size"]
+    (768, 2048, 256)
+    """
+    width = -(-64 * depth // _MULTIPLE) * _MULTIPLE
+    inner = -(-8 * width // 3 // _MULTIPLE) * _MULTIPLE
+    return dict(zip(_SIZES, (depth, width, 128, inner, 2048)))
 
 
 def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) -> Any:
@@ -72,9 +99,8 @@ def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) 
         shared |= {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": sizes["intermediate_size"]}
         shared |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": sizes["head_dim"]}
         result = {"qwen3": Qwen3Config, "llama": LlamaConfig}[config.arch](max_position_embeddings=context, **shared)
-    matrices = depth * width * (4 * width + (2 if config.arch == "gpt2" else 3) * sizes["intermediate_size"])
     # 0.02 keeps a model of width 128 from ever learning to copy from its context; 1/sqrt(width) does not.
-    result.initializer_range = config.init_std or (width**-0.5 if matrices < 30e6 else 0.02)
+    result.initializer_range = config.init_std or (width**-0.5 if config.num_matrix_weights(0) < 30e6 else 0.02)
     return result
 
 

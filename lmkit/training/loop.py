@@ -7,9 +7,11 @@ and all processes; so half the micro-batch, or two processes, give the same upda
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,15 @@ from torch import Tensor, nn
 
 from lmkit import processes
 from lmkit.data.order import batch_positions, shuffled
-from lmkit.errors import Interrupted, Stopped
+from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint
+from lmkit.training.ema import EMA
+from lmkit.training.mfu import peak_flops
 from lmkit.training.optimizers import build_optimizers, schedule
 from lmkit.training.options import TrainConfig
+from lmkit.training.prefetch import prefetch
 
 # Width from which bfloat16 is faster on a CPU with avx512_bf16, with attention in float32 (models/attention): a step
 # of the tiny preset on 32 x 112 tokens takes 361 instead of 471 ms on Zen 4. Below it conversions cost what they save.
@@ -38,6 +43,8 @@ def make_accelerator(bf16: bool | None, width: int) -> Accelerator:
     BadInput when the launcher asked for several processes and they do not know of each other.
     """
     processes.join()
+    if not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise BadInput("the launcher asked for FSDP, which accelerate turns silently into DDP on a CPU. Ask for DDP.")
     return Accelerator(mixed_precision=mixed_precision(bf16, width))
 
 
@@ -54,26 +61,36 @@ def mixed_precision(bf16: bool | None, width: int) -> str:
 def fit(
     module: nn.Module,
     fetch: Callable[[np.ndarray], Mapping[str, Tensor]],
-    num_samples: int,
+    num_samples: int | None,
     config: TrainConfig,
     *,
     accelerator: Accelerator,
     stage: Stage,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     sample: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+    ema: EMA | None = None,
+    flops_per_token: float | None = None,
+    enough: Callable[[], bool] = lambda: False,
+    unit: str = "tokens",
 ) -> dict[str, float]:
     """Trains `module` in place for `config.max_steps` updates, from the stage's newest checkpoint if there is one.
 
     module: forward(**batch) -> (sum of losses, number of counted tokens), two scalars.
-    fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU.
+    fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU; called in threads ahead of time, so it
+        must not draw from global generators. num_samples None: it is given the positions themselves, counted from the
+        start of training, and has an order of its own (`lmkit.data.mixture`).
     evaluate: called in every process between updates, with `module` in eval mode; its metrics are logged.
     sample: gives rows for samples.jsonl; called by the main process alone at each evaluation, and must leave the random
         state as it was.
+    ema: follows the weights, is saved and resumed with them, and evaluated as eval/ema_*.
+    flops_per_token: FLOP a counted token costs; with it rows have `mfu` on devices whose peak is known.
 
     Returns the last metrics. Raises Stopped on a non-finite loss or gradient: before the update on a CPU, on a
     GPU at the latest before the next log row, evaluation or checkpoint. Raises Interrupted after a signal, a
     checkpoint saved.
     """
+    if config.gradient_checkpointing:
+        _recompute_activations(module)
     if accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile:
         module.compile(dynamic=False)
     prepared = accelerator.prepare_model(module)
@@ -81,42 +98,59 @@ def fit(
     torch.manual_seed(stage.config.seed + accelerator.process_index)
     # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads them.
     window = torch.zeros(3, device=accelerator.device)
-    start = _resume(prepared, optimizers, window, accelerator, stage)
+    accumulation = config.accumulation(accelerator.num_processes)
+    batch_size = config.per_device_train_batch_size * accumulation * accelerator.num_processes
+    start = _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage)
+    peak = peak_flops(accelerator.device)
+    batches = _batches(fetch, num_samples, start, accumulation, config, accelerator, stage.config.seed)
     counted_before = window[1].item()  # by the run that was stopped: no part of this one's speed
     metrics: dict[str, float] = {}
     cadences = {"log": config.logging_steps, "evaluate": config.eval_steps, "save": config.save_steps}
     options = {"total_steps": config.max_steps, "start_step": start, "accelerator": accelerator}
-    with Tracker(stage.directory, **options, report_to=stage.config.report_to, description=stage.name) as tracker:
+    options |= {"report_to": stage.config.report_to, "description": stage.name, "unit": unit}
+    with contextlib.closing(batches), Tracker(stage.directory, **options) as tracker:
         for step in range(start + 1, config.max_steps + 1):
             due = {name for name, every in cadences.items() if step % every == 0 or step == config.max_steps}
             look = bool(due) or accelerator.device.type == "cpu"
             rate = config.learning_rate * _rate_factor(config, step - 1)
             prepared.train()
-            samples, sums = _gradients(prepared, fetch, num_samples, step - 1, config, accelerator, stage.config.seed)
+            samples, sums = _gradients(prepared, itertools.islice(batches, accumulation), accumulation, accelerator)
             norm = nn.utils.get_total_norm(p.grad for p in prepared.parameters() if p.grad is not None)
             window += torch.stack([*sums, norm.to(sums)])
             if look and not math.isfinite(window.sum()):
                 raise Stopped(_what_is_not_finite(prepared, sums, step, samples, stage))
             nn.utils.clip_grads_with_norm_(prepared.parameters(), config.max_grad_norm, norm)
             _update(optimizers, rate)
+            if ema is not None:
+                ema.update(step)
             if "log" in due:
                 loss_sum, tokens, norms = window.tolist()
                 num_steps = (step - 1) % config.logging_steps + 1
                 row = {"loss": loss_sum / tokens, "grad_norm": norms / num_steps, "learning_rate": rate}
+                if peak and flops_per_token:
+                    seconds = time.monotonic() - tracker.last_log
+                    all_peaks = peak * accelerator.num_processes
+                    row["mfu"] = (tokens - counted_before) * flops_per_token / seconds / all_peaks
                 tracker.log(step, row, tokens=round(tokens - counted_before))
                 counted_before = 0.0
                 metrics |= row
                 window.zero_()
             if "evaluate" in due and evaluate is not None:
                 prepared.eval()
-                scores = evaluate()
+                scores = dict(evaluate())
+                if ema is not None:
+                    with ema.applied():
+                        scores |= {name.replace("eval/", "eval/ema_"): score for name, score in evaluate().items()}
                 tracker.log(step, scores)
                 metrics |= scores
                 if sample is not None and accelerator.is_main_process:
                     tracker.sample(step, sample())
             stop = look and _any(stage.stop_requested(), accelerator)
-            if stop or "save" in due:
-                _save(prepared, optimizers, window, step, accelerator, stage)
+            ended = "evaluate" in due and _any(enough(), accelerator)
+            if stop or ended or "save" in due:
+                _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage)
+            if ended:
+                break
             if stop and step < config.max_steps:
                 raise Interrupted(
                     f"{stage.name} stopped after step {step} of {config.max_steps}; a checkpoint is saved."
@@ -129,18 +163,43 @@ def _rate_factor(config: TrainConfig, updates: int) -> float:
     return schedule(config.lr_scheduler_type, updates, **steps, decay_fraction=config.decay_fraction)
 
 
-def _gradients(prepared, fetch, num_samples, updates, config, accelerator, seed) -> tuple[list[int], Tensor]:
+def _recompute_activations(module: nn.Module) -> None:
+    """Blocks keep their input alone and compute the rest again in the backward; BadInput for a model that cannot."""
+    for inner in module.modules():
+        if getattr(inner, "supports_gradient_checkpointing", False):
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            return
+    raise BadInput("train.gradient_checkpointing: this model has no blocks that can be recomputed. Leave it out.")
+
+
+Batch = tuple[np.ndarray, Mapping[str, Tensor]]  # sample numbers, tensors
+
+
+def _batches(fetch, num_samples, start, accumulation, config, accelerator, seed) -> Iterator[Batch]:
+    """This process's micro-batches from update `start` on, in order, made ready ahead of time."""
+    split = {"size": config.per_device_train_batch_size, "accumulation": accumulation}
+    split["world"] = accelerator.num_processes
+
+    def load(place: tuple[int, int]) -> Batch:
+        numbers = batch_positions(*place, accelerator.process_index, **split)
+        if num_samples is not None:
+            numbers = shuffled(numbers, num_samples, seed)
+        batch = fetch(numbers)
+        if accelerator.device.type == "cuda":  # only from pinned memory does a copy run beside the computation
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return numbers, batch
+
+    places = ((update, part) for update in range(start, config.max_steps) for part in range(accumulation))
+    return prefetch(load, places, config.dataloader_num_workers)
+
+
+def _gradients(prepared, batches: Iterable[Batch], accumulation: int, accelerator) -> tuple[list[int], Tensor]:
     """Puts the gradient of the mean loss into the parameters; this process's samples, [loss sum, tokens] over all."""
     sums, samples = torch.zeros(2, device=accelerator.device), []
-    split = {"size": config.per_device_train_batch_size, "accumulation": config.gradient_accumulation_steps}
-    for micro_batch in range(config.gradient_accumulation_steps):
-        positions = batch_positions(
-            updates, micro_batch, accelerator.process_index, world=accelerator.num_processes, **split
-        )
-        numbers = shuffled(positions, num_samples, seed)
+    for micro_batch, (numbers, batch) in enumerate(batches):
         samples += numbers.tolist()
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in fetch(numbers).items()}
-        is_last = micro_batch == config.gradient_accumulation_steps - 1
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        is_last = micro_batch == accumulation - 1
         # Gradients are exchanged between processes once, after the last micro-batch.
         with contextlib.nullcontext() if is_last else accelerator.no_sync(prepared):
             loss, count = prepared(**batch)
@@ -178,27 +237,44 @@ def _any(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
 
 
-def _save(prepared, optimizers, window, step, accelerator, stage) -> None:
+def _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage) -> None:
     tensors = {
         "model": checkpoint.model_tensors(prepared),
         "optimizer": checkpoint.optimizer_tensors(prepared, optimizers),
         "random": checkpoint.random_tensors(),
     }
+    if ema is not None:
+        with ema.applied():
+            tensors["ema"] = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(prepared).items()}
     if accelerator.is_main_process:
-        state = {"step": step, "window": window.tolist()}
+        state = {"step": step, "window": window.tolist(), "batch_size": batch_size}
         checkpoint.save(stage.checkpoints / f"step-{step:06d}", tensors=tensors, state=state)
         rotate(stage.checkpoints)
     accelerator.wait_for_everyone()
 
 
-def _resume(prepared, optimizers, window, accelerator, stage) -> int:
-    """Sets everything as the newest checkpoint has it; the number of updates made, 0 without a checkpoint."""
+def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -> int:
+    """Sets everything as the newest checkpoint has it; the number of updates made, 0 without a checkpoint.
+
+    BadInput when an update then had another number of samples, as with other processes: the order would be another.
+    """
     accelerator.wait_for_everyone()
     path = latest_checkpoint(stage.checkpoints) if accelerator.is_main_process else None
     (path,) = broadcast_object_list([path])
     if path is None:
+        if ema is not None:
+            ema.start(prepared)
         return 0
     tensors, state = checkpoint.load(path)
+    if state["batch_size"] != batch_size:
+        raise BadInput(
+            f"{path} was made with {state['batch_size']} samples an update; per_device_train_batch_size, accumulation "
+            f"and {accelerator.num_processes} process(es) now make {batch_size}. Start as many processes as before; "
+            "with train.global_batch_size a run can go on with any number."
+        )
+    if ema is not None:
+        checkpoint.load_model(prepared, tensors["ema"])
+        ema.start(prepared)
     checkpoint.load_model(prepared, tensors["model"])
     checkpoint.load_optimizers(prepared, optimizers, tensors["optimizer"])
     checkpoint.load_random(tensors["random"], accelerator.process_index)

@@ -4,15 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmkit.config import StageConfig
+from lmkit.config import StageConfig, validate
 from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, verify
 from lmkit.training import checkpoint, loop
+from lmkit.training.ema import EMA
 from lmkit.training.options import TrainConfig
 
 BASE = TrainConfig(max_steps=10, per_device_train_batch_size=8, warmup_steps=2, learning_rate=0.02, logging_steps=3)
@@ -57,17 +60,19 @@ class OneStage(Stage):
         return self.asked == self.stop_after
 
 
-def train(directory, stop_after=None, module=None, evaluate=None, **changes):
+def train(directory, stop_after=None, module=None, evaluate=None, num_samples=50, **changes):
     module = module or Toy()
+    options = {name: changes.pop(name) for name in ("ema", "flops_per_token") if name in changes}
     with OneStage(directory, stop_after) as stage:
         loop.fit(
             module,
             changes.pop("fetch", fetch),
-            50,
+            num_samples,
             BASE.model_copy(update=changes),
             accelerator=Accelerator(cpu=True),
             stage=stage,
             evaluate=evaluate,
+            **options,
         )
     return module
 
@@ -110,6 +115,111 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(tmp_path, optim, sto
     ]
     assert timeless[0] == timeless[1]
     assert [row["step"] for row in timeless[0]] == [3, 6, 9, 10]
+
+
+def test_any_number_of_workers_reads_the_same_data_also_after_a_stop(tmp_path):
+    whole = train(tmp_path / "whole", dataloader_num_workers=0)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop_after=5, dataloader_num_workers=3)
+    assert same(whole, train(tmp_path / "parts", dataloader_num_workers=1))
+
+
+def test_positions_themselves_are_given_where_there_is_no_number_of_samples(tmp_path):
+    seen = []
+    train(tmp_path, fetch=lambda n: seen.append(n) or fetch(n), num_samples=None, max_steps=3)
+    assert np.concatenate(seen).tolist() == list(range(24))
+
+
+def test_averaged_weights_go_on_exactly_and_are_evaluated(tmp_path):
+    whole, parts = EMA(0.9), EMA(0.9)
+    seen = []
+
+    def evaluate():
+        seen.append(module.head.weight.detach().clone())
+        return {"eval/score": len(seen)}
+
+    module = Toy()
+    train(tmp_path / "whole", module=module, ema=whole, evaluate=evaluate)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop_after=4, ema=EMA(0.9))
+    again = train(tmp_path / "parts", ema=parts)
+    assert same(module, again)
+    assert all(torch.equal(a, b) for a, b in zip(whole.average, parts.average))
+    last = rows(tmp_path / "whole")[-1]
+    assert (last["eval/score"], last["eval/ema_score"]) == (1, 2)
+    with whole.applied():
+        assert torch.equal(module.head.weight, seen[1])
+    assert torch.equal(module.head.weight, seen[0])
+
+
+def test_a_global_batch_is_split_by_what_fits_and_its_size_is_kept(tmp_path):
+    whole = train(tmp_path / "a", optim="adamw_torch_fused")
+    config = {"optim": "adamw_torch_fused", "global_batch_size": 8, "per_device_train_batch_size": 2}
+    assert same(whole, train(tmp_path / "b", **config), 1e-6)
+    with pytest.raises(BadInput, match=r"global_batch_size 8 is no multiple of per_device_train_batch_size 3 x 1"):
+        train(tmp_path / "c", **config | {"per_device_train_batch_size": 3})
+    with pytest.raises(BadInput, match="give one of the two"):
+        validate(TrainConfig, {"global_batch_size": 8, "gradient_accumulation_steps": 2})
+
+
+def test_going_on_with_another_batch_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_after=4)
+    with pytest.raises(BadInput, match=r"step-000004 was made with 8 samples an update; .* now make 16"):
+        train(tmp_path, gradient_accumulation_steps=2)
+
+
+def test_utilisation_is_shown_where_the_peak_is_known(tmp_path, monkeypatch):
+    train(tmp_path / "cpu", flops_per_token=1e6)
+    assert "mfu" not in rows(tmp_path / "cpu")[0]
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    train(tmp_path / "known", flops_per_token=1e6)
+    for row in rows(tmp_path / "known"):
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e6 / 1e12, rel=0.05)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from the device, which waits for all work before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
+def test_a_step_reads_one_number_from_the_device(tmp_path, optim):
+    counts = []
+    for steps in (4, 9):
+        with Reads() as reads:
+            train(tmp_path / str(steps), optim=optim, max_steps=steps, logging_steps=100, gradient_accumulation_steps=2)
+        counts.append(reads.count)
+    # The one is whether all is finite; on a GPU it is asked with the next row of the log.
+    assert counts[1] - counts[0] == 5
+
+
+def test_recomputed_activations_give_the_same_bits_and_keep_less(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from lmkit.models.presets import ModelConfig, transformers_config
+    from lmkit.training.losses import CausalLMLoss
+
+    kept = {}
+
+    def language_model(recompute):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers_config(ModelConfig(preset="nano"), 32))
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+            train(tmp_path / str(recompute), module=CausalLMLoss(model), gradient_checkpointing=recompute, max_steps=3)
+        kept[recompute] = sum(held)
+        return model
+
+    assert same(language_model(False), language_model(True))
+    assert kept[True] < 0.7 * kept[False]
+    with pytest.raises(BadInput, match="no blocks that can be recomputed"):
+        train(tmp_path / "toy", gradient_checkpointing=True)
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path):
@@ -204,6 +314,12 @@ def test_bf16_is_chosen_by_instructions_and_width(monkeypatch, capable):
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="--multi_gpu --num_processes 2"):
+        loop.make_accelerator(False, 64)
+
+
+def test_a_launcher_that_asked_for_sharding_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match="FSDP, which accelerate turns silently into DDP on a CPU"):
         loop.make_accelerator(False, 64)
 
 
