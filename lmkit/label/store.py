@@ -78,10 +78,11 @@ def answers_path(pairs: Path, annotator: str) -> Path:
 
 
 def all_answers(pairs: Path) -> dict[str, dict[str, dict]]:
-    """Annotator -> pair id -> answer, of all the files of answers beside `pairs`."""
+    """Annotator -> pair id -> answer, of all the files beside `pairs` that hold an answer."""
     prefix = f"{_stem(pairs)}.answers."
     files = sorted(p for p in pairs.parent.glob("*.jsonl") if p.name.startswith(prefix))
-    return {file.name.removeprefix(prefix).removesuffix(".jsonl"): read_answers(file) for file in files}
+    standing = {file.name.removeprefix(prefix).removesuffix(".jsonl"): read_answers(file) for file in files}
+    return {annotator: own for annotator, own in standing.items() if own}
 
 
 def _stem(pairs: Path) -> str:

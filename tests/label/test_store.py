@@ -128,6 +128,7 @@ def test_answers_lie_beside_the_pairs(tmp_path):
     assert answers_path(pairs, "anna").name == "my.pairs.answers.anna.jsonl"
     write(tmp_path / "my.pairs.answers.anna.jsonl", {"pair": "p", "answer": "tie"})
     write(tmp_path / "my.other.answers.ben.jsonl", {"pair": "p", "answer": "tie"})
+    write(tmp_path / "my.pairs.answers.cy.jsonl")  # opened the page and left
     assert list(all_answers(pairs)) == ["anna"]
     for name in ("", "../x", "a b", "-rf", "x" * 41):
         with pytest.raises(BadInput, match="--annotator NAME"):
