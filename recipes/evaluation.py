@@ -43,7 +43,7 @@ def main(config: EvaluationConfig) -> Path:
     from lmkit.data.sources import load_prompts
     from lmkit.evaluation import compare
     from lmkit.evaluation.bits_per_byte import bits_per_byte
-    from lmkit.evaluation.preference import share
+    from lmkit.evaluation.preference import best_of_kl, share
     from lmkit.models.load import load_language_model, load_reward_model
     from lmkit.tracking import append
 
@@ -74,6 +74,7 @@ def main(config: EvaluationConfig) -> Path:
         metrics |= compare.win_rates("win_rate_by_score", scores, "sft")
         metrics |= compare.win_rates("win_rate_by_length", columns["length"], "sft")
         metrics |= share("kl/ppo", compare.sequence_kl(models["ppo"], models["sft"], answers["ppo"]))
+        metrics[f"kl/best_of_{config.best_of}"] = best_of_kl(config.best_of)
         validation = Shards.open(config.shards / "validation")
         documents = {"batch_size": 32, "document_offsets": validation.document_offsets}
         for name, model in models.items():

@@ -146,13 +146,13 @@ def side_by_side(prompts: Sequence[Any], answers: Answers, columns: Mapping[str,
 
 
 def table(metrics: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The headline numbers as lines of text: a column per model, then win rate, KL and headroom.
+    """The headline numbers as lines of text: a column per model, then win rate and headroom.
 
     >>> table({"gold/sft": 3.0, "length/sft": 70.0, "length/ppo": 75.0}, ["sft", "ppo"])
     ['                   sft        ppo', 'gold             3.000          -', 'length          70.000     75.000']
     """
     lines = [" " * 11 + "".join(f"{name:>11}" for name in names)]
-    for row in ("gold", "judge", "score", "length", "eos_rate", "bits_per_byte"):
+    for row in ("gold", "judge", "score", "kl", "length", "eos_rate", "bits_per_byte"):
         if any(f"{row}/{name}" in metrics for name in names):
             cells = [
                 f"{metrics[key]:>11.3f}" if (key := f"{row}/{name}") in metrics else f"{'-':>11}" for name in names
@@ -163,6 +163,4 @@ def table(metrics: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         lines.append(f"ppo against sft by {metrics['judge']}: win rate {win:.3f} [{low:.3f}, {high:.3f}]")
     if "headroom/by_reward_model" in metrics:
         lines.append(f"headroom of best-of-n over one sample: {metrics['headroom/by_reward_model']:.3f}")
-    if "kl/ppo" in metrics:
-        lines.append(f"KL of ppo from sft: {metrics['kl/ppo']:.2f} nats per completion")
     return lines

@@ -1,6 +1,7 @@
 """The evaluation stage at nano size: the keys others read, with gold and without."""
 
 import json
+import math
 
 import pytest
 from evaluation import EvaluationConfig, main
@@ -70,3 +71,4 @@ def test_without_gold_another_reward_model_judges_or_nobody(nano, reward_model, 
     assert metrics["judge"] == "none"
     assert "win_rate/ppo_vs_sft" not in metrics
     assert {"win_rate_by_score/ppo_vs_sft", "win_rate_by_length/ppo_vs_sft", "kl/ppo"} <= set(metrics)
+    assert metrics["kl/best_of_4"] == pytest.approx(math.log(4) - 3 / 4)

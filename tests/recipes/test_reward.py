@@ -60,6 +60,9 @@ def test_an_easy_preference_is_learnt_and_measured(nano, data, tmp_path, capsys)
     metrics = read_record(directory)["metrics"]
     assert metrics["accuracy"] == pytest.approx(0.9, abs=0.03)
     assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
+    # TRL's trainer finds the last token by the pad id, everything after it by length
+    trained = [row["eval_accuracy"] for row in read_jsonl(directory / "metrics.jsonl") if "eval_accuracy" in row]
+    assert trained[-1] == pytest.approx(metrics["accuracy"], abs=1e-6)
     assert metrics["ceiling"] == pytest.approx(0.9, abs=0.03)
     assert metrics["accuracy_noiseless"] == pytest.approx(1.0, abs=0.03)
     assert {"calibration_error", "length_correlation", "accuracy_like_length_low"} <= metrics.keys()

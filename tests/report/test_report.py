@@ -224,6 +224,32 @@ def test_the_reliability_diagram_shows_the_bins(run):
     assert line.get_xydata().tolist() == [[b["confidence"], b["accuracy"]] for b in bins]
 
 
+def test_a_reward_model_shows_its_worst_pairs_its_ensemble_and_what_noise_hides(tmp_path):
+    run = write_run(tmp_path / "run")
+    wrong = {"prompt": "Tell of a <goat>.", "chosen": "Kind it was.", "rejected": "Mean it was."}
+    measured = {"accuracy_noiseless": 0.912, "member_agreement": 0.873, "accuracy_members_mean": 0.755}
+    measured["most_wrong"] = [wrong | {"score": {"chosen": -1.25, "rejected": 2.5}}]
+    edit(run / "reward/stage.json", lambda record: record["metrics"].update(measured))
+    text = text_of(run)
+    assert "as the labeler's scores without noise do in 0.912" in text
+    assert "order a pair alike in 0.873; the mean of all their scores has the accuracy 0.755" in text
+    assert "**Tell of a \\<goat>.**" in text
+    assert "- **chosen** score -1.25: Kind it was.\n- **rejected** score 2.50: Mean it was." in text
+
+
+def test_curated_prompts_have_their_table(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "Curated prompts" not in text_of(run)
+    cluster = {"cluster": 0, "size": 7, "chosen": 3, "distance": 0.418, "typical": "Tell of a | goat."}
+    counts = {"num_prompts": 12, "num_exact_duplicates": 3, "num_near_duplicates": 2, "num_chosen": 3}
+    (run / "curation").mkdir()
+    found = {"source": "prompts.jsonl", **counts, "clusters": [cluster]}
+    (run / "curation/clusters.json").write_text(json.dumps(found))
+    text = text_of(run)
+    assert "Of 12 prompts in prompts.jsonl, 3 were exact and 2 near duplicates; 3 were chosen" in text
+    assert "| 0 | 7 | 3 | 0.42 | Tell of a \\| goat. |" in text
+
+
 def test_the_most_disputed_answers_are_those_ranked_most_differently():
     ranks = [(1, 1), (2, 3), (3, 4), (4, 5), (5, 2)]
     samples = [{"score": {"ppo": a}, "gold": {"ppo": b}} for a, b in ranks]
