@@ -16,12 +16,11 @@ from lmkit.errors import BadInput
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-# How long a process waits for the others, in a collective or at a barrier, before it takes one of them for dead.
-TIMEOUT_SECONDS = int(os.environ.get("LMKIT_TIMEOUT_SECONDS", 600))
+TIMEOUT_SECONDS = 600
 TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {} ..."
 _PR_SET_PDEATHSIG = 1
 # What gloo and NCCL say when a process they wait for is gone or silent.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport", "NCCL")
 
 
 def num_asked() -> int:
@@ -53,14 +52,15 @@ def check_launcher() -> None:
 def join() -> PartialState:
     """This process's place among those of the launcher, after meeting them; one process is a world of its own.
 
-    BadInput when the launcher started several and they do not know of each other. A process that others wait for longer
-    than LMKIT_TIMEOUT_SECONDS (600) ends the run.
+    BadInput when the launcher started several and they do not know of each other. A process that the others wait for
+    longer than LMKIT_TIMEOUT_SECONDS (600), in a collective or at a barrier, is taken for dead, and the run ends.
     """
     from accelerate import PartialState
 
     # Accelerator alone looks at this variable; a bare PartialState would meet nobody on a CPU.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    seconds = float(os.environ.get("LMKIT_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
     if num_asked() != state.num_processes:
         raise BadInput(
             f"the launcher started {num_asked()} processes, but each of them works alone. On CPUs launch with "

@@ -43,11 +43,16 @@ class Tally:
 @pytest.fixture
 def tally(request):
     """The test's line in the table, from the first line of its docstring."""
-    name = (request.function.__doc__ or request.node.name).strip().split("\n")[0].rstrip(".")
-    kind = request.node.name.partition("[")[2].rstrip("]")
-    made = Tally(f"{name} [{kind}]" if kind else name)
+    made = Tally((request.function.__doc__ or request.node.name).strip().split("\n")[0])
     yield made
-    LINES.append(made)
+    kind = request.node.name.partition("[")[2].rstrip("]")
+    if kind and made.figure:  # tests without a figure of their own are one line together
+        made.name += f" [{kind}]"
+    if LINES and LINES[-1].name == made.name:
+        LINES[-1].tried += made.tried
+        LINES[-1].passed += made.passed
+    else:
+        LINES.append(made)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -146,6 +146,7 @@ sft:
 preferences:
   prompts: {folder}/prompts.train.jsonl
   num_pairs: 24
+  labeler: tests.faults.labels:spelling
   max_new_tokens: 12
   batch_size: 8
   heldout_fraction: 0.3
