@@ -4,27 +4,28 @@ Imports stay light, so that `lmkit --help` and `lmkit status` answer at once; a 
 """
 
 import contextlib
-import fcntl
 import functools
 import getpass
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from lmkit.artifact import MANIFEST, verify
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
-from lmkit.stage import CHAIN, in_round, read_record, recipe_of, rounds_of, stages_of
+from lmkit.stage import CHAIN, in_round, read_record, rounds_of, stages_of
+from lmkit.status import human_size, next_stage, stage_state
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 TALKERS = ("ppo", "sft", "pretrain")  # stages whose model writes text, the latest first
 tokenizer = typer.Typer(no_args_is_help=True, help="Look into a tokenizer.")
 app.add_typer(tokenizer, name="tokenizer")
+vision = typer.Typer(no_args_is_help=True, help="Look into images and image models.")
+app.add_typer(vision, name="vision")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, such as runs/tiny")]
 
 
@@ -40,15 +41,14 @@ def exit_codes() -> Iterator[None]:
 
 @app.command()
 def status(run: Run) -> None:
-    """The stages of a run: state, age, size, fingerprint, and what would run next."""
+    """The stages of a run: state, age, size, fingerprint, and what would run next and why."""
     with exit_codes():
         rows = [(stage, *stage_state(run, stage)) for stage in stages_in(run)]
     header = ("stage", "age", "size", "fingerprint", "state")
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    left = [stage for stage, *_, state in rows if state != "finished"]
-    print(f"\nnext: {left[0]}" if left else "\nnext: nothing, every stage is finished")
+    print(f"\nnext: {next_stage(run, {stage: state for stage, *_, state in rows})}")
 
 
 @app.command("verify")
@@ -235,68 +235,46 @@ def neighbours(run: Path) -> str:
     return f"{folder} has {', '.join(names[:20])}." if names else f"{folder} has no folders."
 
 
-def stage_state(run: Path, stage: str) -> tuple[str, str, str, str]:
-    """Age, size, fingerprint and state of one stage, as text."""
-    directory = run / stage
-    if not directory.is_dir():
-        return "", "", "", "absent"
-    record, size = read_record(directory), human_size(directory)
-    if record:
-        old = outdated(run, record)
-        state = f"finished, but {' and '.join(old)} changed since" if old else "finished"
-        return age(directory / "stage.json"), size, record["fingerprint"][:12], state
-    marks = [path for name in (".lock", "plan.json", "exit.json") if (path := directory / name).exists()]
-    plan = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").exists() else {}
-    shown = age(marks[-1]) if marks else "", size, plan.get("fingerprint", "")[:12]
-    if running := lock_holder(directory):
-        return *shown, f"running ({running})"
-    state = "unfinished"
-    if (directory / "exit.json").exists():
-        exit_record = json.loads((directory / "exit.json").read_text(encoding="utf-8"))
-        state = f"ended with {exit_record['code']}: {exit_record['reason'].splitlines()[0]}"
-    if checkpoints := sorted((directory / "checkpoints").glob("step-*")):
-        state += f"; goes on from {checkpoints[-1].name}"
-    return *shown, state
+@vision.command("inspect")
+def inspect_images(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="folder, .npz, .parquet or builtin:digits")],
+    label_pattern: Annotated[str | None, typer.Option(help="regular expression of the label in a file's name")] = None,
+) -> None:
+    """Classes, counts, sizes, damaged files and duplicates of a source of images."""
+    with exit_codes():
+        from lmkit.vision.inspect import inspect
+
+        print("\n".join(inspect(data, label_pattern)))
 
 
-def outdated(run: Path, record: dict[str, Any]) -> list[str]:
-    """Inputs of a finished stage whose artifact in this run is another one now."""
-    names = []
-    for name, entry in record["inputs"].items():
-        path = Path(entry["path"])
-        manifest = run / path.parent.name / path.name / MANIFEST
-        if recipe_of(path.parent.name)[0] not in CHAIN or not manifest.exists():
-            continue
-        if json.loads(manifest.read_text())["id"] != entry["id"]:
-            names.append(name)
-    return names
+@vision.command("evaluate")
+def evaluate_classifier(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="images with labels")],
+    out: Annotated[Path, typer.Option(help="folder for metrics.json, report.txt, confusion.png, mistakes.png")],
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave damaged images out")] = False,
+) -> None:
+    """Judge a classifier on images it may never have seen, preprocessed as in its training."""
+    with exit_codes():
+        from lmkit.vision.evaluate import evaluate_directory
+
+        print(evaluate_directory(model, data, split, out, skip_bad)[1])
 
 
-def lock_holder(directory: Path) -> str:
-    """Who works on a stage now, as its lock says; empty when nobody does."""
-    try:
-        with (directory / ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock.read().strip() or "starting"
-    except FileNotFoundError:
-        pass
-    return ""
+@vision.command("predict")
+def predict_images(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="classes to show for each image")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """What a classifier takes each image for."""
+    with exit_codes():
+        from lmkit.vision.evaluate import predict
 
-
-def human_size(path: Path) -> str:
-    """Size of a file, or of all files of a folder."""
-    size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
-        if size >= 1000**power:
-            return f"{size / 1000**power:.1f} {unit}"
-    return f"{size} B"
-
-
-def age(path: Path) -> str:
-    seconds = max(time.time() - path.stat().st_mtime, 0)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        for path, best in zip(images, predict(model, images, top)):
+            if as_json:
+                print(json.dumps({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in best]}))
+            else:
+                print(f"{path}  " + "  ".join(f"{name} {probability:.1%}" for name, probability in best))

@@ -12,14 +12,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +25,7 @@ from typing import Any, TextIO
 
 from lmkit.artifact import MANIFEST, content_id, is_out_of_space, remove, seal, verify, write_json
 from lmkit.config import Config, StageConfig, explain, load
+from lmkit.environment import environment, peak_memory_bytes
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
 from lmkit.processes import check_launcher, die_with_parent, is_main, lost_another, num_asked, run_group
 from lmkit.tracking import printable
@@ -326,29 +323,6 @@ def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
     return flat
-
-
-def peak_memory_bytes() -> int:
-    """The most memory the process held: on the GPU when one was used, else resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, recorded but never hashed."""
-    packages = ["lmkit", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers"]
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    torch = sys.modules.get("torch")
-    device = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else platform.machine()
-    hardware = {"device": device, "cpus": os.cpu_count(), "processes": num_asked()}
-    return {"versions": versions, "git_commit": git.stdout.strip() or None, "hardware": hardware}
 
 
 # -------------------------------------------------------------------------------------------------------------- run
