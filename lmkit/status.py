@@ -66,7 +66,7 @@ def next_stage(run: Path, states: dict[str, str]) -> str:
             command = f"python recipes/rlhf.py ... --from {stage}"
         elif not state.startswith(("absent", f"ended with {Interrupted.exit_code}", "killed")):
             why += " (see to that first)"
-        return f"{stage}, because it is {why}\n      {command}"
+        return f"{stage} ({why})\n      {command}"
     return "nothing, every stage is finished"
 
 

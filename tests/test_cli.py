@@ -65,15 +65,49 @@ def test_status_shows_each_stage_and_what_comes_next(run):
     assert "ended with 75: stopped after step 120 of 300; goes on from step-000120" in lines["sft"]
     assert "0123456789ab" in lines["sft"]
     assert "absent" in lines["ppo"]
-    assert output.strip().splitlines()[-1] == "next: sft"
+    *_, reason, command = output.strip().splitlines()
+    assert reason == "next: sft (ended with 75: stopped after step 120 of 300; goes on from step-000120)"
+    assert command.strip() == "python recipes/rlhf.py ... --from sft"
+    (run / "configs").mkdir()
+    (run / "configs" / "sft.yaml").touch()
+    _, output = lmkit("status", run)
+    assert output.splitlines()[-1].strip() == f"python recipes/sft.py --config {run}/configs/sft.yaml"
 
 
 def test_status_tells_a_stage_made_from_another_input(run):
-    with seal(run / "tokenizer" / "tokenizer") as folder:
-        (folder / "weights").write_text("another")
+    (run / "tokenizer").rename(run / "tokenizer.old-1")
+    finish(run / "tokenizer", "tokenizer", "another")
     _, output = lmkit("status", run)
     assert "finished, but upstream changed since" in lines_by_stage(output)["pretrain"]
-    assert "next: pretrain" in output
+    assert "next: pretrain (finished, but upstream changed since)" in output
+    assert "--redo pretrain" in output
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "pretrain/model/weights").unlink(), "damaged: model is not what was sealed"),
+        (lambda run: (run / "pretrain/model/weights").write_text("longer"), "damaged: model is not what was sealed"),
+        (lambda run: (run / "pretrain/stage.json").write_text("{"), "stage.json is damaged"),
+        (lambda run: edit(run / "pretrain/stage.json", seed=7), "stage.json is damaged or was edited"),
+    ],
+)
+def test_status_tells_what_is_damaged_without_hashing(run, damage, said):
+    damage(run)
+    code, output = lmkit("status", run)
+    assert code == 0
+    assert said in lines_by_stage(output)["pretrain"]
+    assert "--redo pretrain" in output
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_status_tells_a_stage_that_was_killed(run):
+    (run / "sft" / "exit.json").unlink()
+    _, output = lmkit("status", run)
+    assert lines_by_stage(output)["sft"].endswith("killed; goes on from step-000120")
 
 
 def test_status_tells_who_works_on_a_stage(run):
