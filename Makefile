@@ -8,10 +8,19 @@ TORCH ?= torch>=2.11,<2.14
 # Everything in tests/faults; `make faults FAULTS=few` takes a sample of each in a few minutes.
 FAULTS ?= all
 
-.PHONY: rlhf test slow faults lint install
+SHAKESPEARE ?= ../shared/data/text/tinyshakespeare.txt
+
+.PHONY: rlhf shakespeare test slow faults lint install
 
 rlhf: $(VENV)/.installed
 	$(BIN)/python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml
+
+# Tiny-shakespeare, its first 90 % to train on: 1,115,394 bytes, a text of your own by SHAKESPEARE=FILE.
+shakespeare: $(VENV)/.installed
+	mkdir -p runs/text/shakespeare
+	size=$$(wc -c < $(SHAKESPEARE)) && cut=$$((size * 9 / 10)) && head -c $$cut $(SHAKESPEARE) > runs/text/shakespeare/train.txt \
+		&& tail -c +$$((cut + 1)) $(SHAKESPEARE) > runs/text/shakespeare/validation.txt
+	$(BIN)/python recipes/rlhf.py --config recipes/configs/shakespeare/rlhf.yaml --to pretrain
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --durations=10
