@@ -110,13 +110,17 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     remove(temporary)  # a link that lies in wait there is not written through
     try:
-        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(_json(value), encoding="utf-8")
         _sync(temporary)
     except OSError:
         remove(temporary)
         raise
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, default=str) + "\n"
 
 
 def sha256(path: Path) -> str:
@@ -128,12 +132,13 @@ def verify(folder: Path) -> str:
     """The manifest id of a sealed folder, after checking every file; CorruptInput names the first that differs."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         listed, found_id = manifest["files"], manifest["id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptInput(f"{folder} is not a finished artifact: {MANIFEST} is missing or unreadable.") from None
-    if found_id != _manifest_id(listed):
-        raise CorruptInput(f"{folder / MANIFEST} was edited: its id does not match its list of files.")
+    if found_id != _manifest_id(listed) or text != _json(manifest) or (folder / MANIFEST).is_symlink():
+        raise CorruptInput(f"{folder / MANIFEST} was edited: it is not what sealing wrote.")
     present = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
     for name in sorted(present ^ set(listed)):
         raise CorruptInput(f"{folder / name} is {'not in the manifest' if name in present else 'missing'}.")
@@ -171,7 +176,8 @@ def content_id(source: str | Path | list) -> str:
     if not paths:
         return str(source)
     if isinstance(source, list) or "*" in Path(source).name:
-        return hashlib.sha256("".join(content_id(path) for path in paths).encode()).hexdigest()
+        several = source if isinstance(source, list) else paths
+        return hashlib.sha256("".join(content_id(one) for one in several).encode()).hexdigest()
     path = paths[0]
     if path.is_file():
         return sha256(path)
