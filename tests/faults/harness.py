@@ -74,7 +74,8 @@ class Harness:
     def start(self, stage, directory, *flags, hook=None, environment=None):
         """A child that runs the stage as the reference did, but in `directory`."""
         directory.parent.mkdir(parents=True, exist_ok=True)
-        log = directory.parent / f"{directory.name}.log"
+        log = self.folder / "logs" / f"{str(directory)[1:].replace('/', '_')}.log"
+        log.parent.mkdir(exist_ok=True)
         argv = ["--config", self.folder / "configs" / f"{stage}.yaml", "--output_dir", directory, *flags]
         child = self.context.Process(target=run_stage, args=(stage, argv, log, hook, environment or {}))
         child.log = log
