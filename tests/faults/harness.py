@@ -24,6 +24,7 @@ PRELOAD = ["trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "transformer
 PRELOAD += ["transformers.models.auto.modeling_auto", "torch.distributed.checkpoint.state_dict", "lmkit.rl.trainer"]
 PRELOAD += ["lmkit.evaluation.compare", "lmkit.data.encode", "lmkit.data.sources", "lmkit.models.ngram", "datasets"]
 HIDDEN = (".staging-", ".replaced-", ".trash-")
+ARTIFACTS = ("tokenizer", "shards", "model", "data", "value", "results")
 SAVES = ("pretrain", "sft", "reward", "ppo")  # stages with checkpoints
 
 
@@ -211,8 +212,8 @@ def kill_at(number):
 
 def visible(directory):
     """Folders that a reader would take for finished: artifacts and checkpoints."""
-    folders = [*directory.glob("*/"), *(directory / "checkpoints").glob("*/")]
-    return [f for f in folders if not f.name.startswith(".") and f.name not in ("checkpoints", "tensorboard")]
+    artifacts = [folder for name in ARTIFACTS if (folder := directory / name).is_dir()]
+    return artifacts + [f for f in (directory / "checkpoints").glob("*/") if not f.name.startswith(".")]
 
 
 def broken(directory):
