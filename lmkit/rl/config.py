@@ -40,10 +40,19 @@ class PPOConfig(Config):
         "refuse", "prompts that leave no room for max_new_tokens: an error, cut at their start, or left out"
     )
     temperature: float = setting(0.7, "of sampling, and of every log-probability", gt=0)
+    stop_strings: list[str] = setting([], "texts that end a completion, beside the stop tokens")
     missing_eos_penalty: float = setting(1.0, "taken from the score of a completion without a stop token", ge=0)
     truncation: Literal["terminal", "bootstrap", "mask"] = setting(
         "terminal", "a completion without a stop token ends there, goes on with the critic's value, or teaches nothing"
     )
+
+    reward_weights: list[float] | None = setting(None, "a weight for each of several rewards; empty: 1")
+    reward_aggregation: Literal["sum", "mean", "min", "mean_minus_variance"] = setting(
+        "sum", "how several rewards make one score; an ensemble of reward models is taken by one of the others"
+    )
+    reward_variance_coef: float = setting(1.0, "weight of the variance in mean_minus_variance", ge=0)
+    use_score_norm: bool = setting(False, "scores less the mean of all so far, over their standard deviation")
+    score_clip: float | None = setting(None, "scores are kept within -/+ this, after use_score_norm; empty: any", gt=0)
 
     kl_coef: float = setting(0.05, "price of a nat of KL from the reference", ge=0)
     kl_placement: Literal["reward", "loss"] = setting("reward", "where the KL is priced")
@@ -85,6 +94,11 @@ class PPOConfig(Config):
     guard_min_eos_rate: float | None = setting(None, "stop below this share of ended completions", gt=0, le=1)
     guard_min_entropy: float | None = setting(None, "stop below this entropy, in nats per token", gt=0)
 
+    use_vllm: bool = setting(False, "sample by a vLLM engine on the same GPU")
+    vllm_gpu_memory_utilization: float = knob(0.3, "share of the GPU's memory for the engine", gt=0, lt=1)
+    vllm_enable_sleep_mode: bool = knob(True, "the engine gives its memory back between rollouts")
+    reward_timeout_seconds: float = knob(60.0, "how long a reward server may take to answer", gt=0)
+    reward_max_retries: int = knob(3, "how often a reward server that fails is asked again", ge=0)
     generation_batch_size: int = knob(64, "completions a process samples at once", gt=0)
     eval_steps: int = knob(
         10, "iterations between two evaluations; there is one before the first and after the last", gt=0
@@ -128,6 +142,16 @@ class PPOConfig(Config):
                 self.truncation != "terminal" and self.missing_eos_penalty,
                 f"truncation {self.truncation} and missing_eos_penalty {self.missing_eos_penalty}: a completion cut "
                 "off has no score then to take a penalty from; set missing_eos_penalty 0, or truncation terminal",
+            ),
+            (
+                self.reward_weights is not None and self.reward_aggregation != "sum",
+                f"reward_weights and reward_aggregation {self.reward_aggregation}: only a sum is weighed; leave one of "
+                "them out",
+            ),
+            (
+                self.use_vllm and self.importance_sampling_cap is None,
+                "use_vllm without importance_sampling_cap: the engine's probabilities differ from the trainer's, and "
+                "each token has to be weighed; set importance_sampling_cap, usually 2",
             ),
             (
                 rloo and group < 2,

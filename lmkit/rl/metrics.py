@@ -105,6 +105,20 @@ def sample_table(
     return [dict(zip(names, values)) for values in zip(*columns)]
 
 
+def reward_metrics(parts: Mapping[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """reward/NAME_mean and reward/NAME_std of each source [B], where there are several; over all processes."""
+    if len(parts) < 2:
+        return {}
+    sums = {"rows": len(next(iter(parts.values())))}
+    for name, scores in parts.items():
+        sums |= {f"{name}_mean": scores.double().sum(), f"{name}_std": (scores.double() ** 2).sum()}
+    total = _reduced(sums, accelerator)
+    found = {name: value / total["rows"] for name, value in total.items() if name != "rows"}
+    for name in parts:
+        found[f"{name}_std"] = max(found[f"{name}_std"] - found[f"{name}_mean"] ** 2, 0.0) ** 0.5
+    return {f"reward/{name}": value for name, value in found.items()}
+
+
 def explained_variance(
     rollout: Rollout, returns: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator
 ) -> dict[str, float]:
@@ -112,8 +126,9 @@ def explained_variance(
     wanted, error = returns[mask].double(), (returns - rollout.values)[mask].double()
     sums = {"n": len(wanted), "x": wanted.sum(), "xx": (wanted**2).sum(), "e": error.sum(), "ee": (error**2).sum()}
     total = _reduced(sums, accelerator)
-    variance = total["xx"] / total["n"] - (total["x"] / total["n"]) ** 2
-    unexplained = total["ee"] / total["n"] - (total["e"] / total["n"]) ** 2
+    count = max(total["n"], 1.0)
+    variance = total["xx"] / count - (total["x"] / count) ** 2
+    unexplained = total["ee"] / count - (total["e"] / count) ** 2
     return {"val/explained_var": 1 - unexplained / variance if variance > 0 else 0.0}
 
 

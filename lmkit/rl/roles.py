@@ -85,7 +85,7 @@ def make_roles(
             raise BadInput("ref_model is the model itself, which moves; leave it out for a frozen copy of the start.")
         reference.requires_grad_(False).eval().to(device)
         check_policy(reference, "the reference")
-        critic = _critic(model, reward, args, value_model)
+        critic = _critic(model, reward, args, value_model, tokenizer)
     actor_critic = ActorCritic(model, critic, VALUE if lora is not None and own_critic else None).to(device)
     disable_dropout(actor_critic)
     if args.gradient_checkpointing:
@@ -95,7 +95,17 @@ def make_roles(
     if lora is not None and isinstance(reward, str | Path) and is_adapter(reward):
         score = _adapter_reward(lora, Path(reward), args.generation_batch_size)
     else:
-        score = make_reward(reward, tokenizer, batch_size=args.generation_batch_size, device=device)
+        score = make_reward(
+            reward,
+            tokenizer,
+            batch_size=args.generation_batch_size,
+            device=device,
+            weights=args.reward_weights,
+            aggregation=args.reward_aggregation,
+            variance_coef=args.reward_variance_coef,
+            timeout_seconds=args.reward_timeout_seconds,
+            max_retries=args.reward_max_retries,
+        )
     return Roles(actor_critic, reference, lora, score)
 
 
@@ -103,6 +113,8 @@ def _check_lora(args, own_critic, ref_model, value_model):
     if ref_model is not None or value_model is not None:
         name = "value_model" if ref_model is None else "ref_model"
         raise BadInput(f"peft_config and {name} are both given; with LoRA the one frozen base serves as both of them.")
+    if args.use_vllm:
+        raise BadInput("peft_config and use_vllm: the engine takes whole weights; leave one of them out.")
     if args.ref_model_mixup_alpha:
         raise BadInput(
             f"peft_config and ref_model_mixup_alpha {args.ref_model_mixup_alpha}: with LoRA the reference is the "
@@ -119,7 +131,7 @@ def _value_head(model):
     return ValueHead(model.config.get_text_config().hidden_size)
 
 
-def _critic(model, reward, args, value_model):
+def _critic(model, reward, args, value_model, tokenizer):
     if args.advantage_estimator == "rloo" or args.critic == "shared":
         if value_model is not None:
             why = "critic is shared" if args.critic == "shared" else "advantage_estimator is rloo"
@@ -128,7 +140,13 @@ def _critic(model, reward, args, value_model):
     if value_model is not None:
         return value_model.requires_grad_(True)
     if isinstance(reward, str | Path) and Path(reward).is_dir():
-        return load_reward_model(Path(reward))[0]
+        critic, own = load_reward_model(Path(reward))
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise BadInput(
+                f"critic is separate, but the reward model {reward} has another vocabulary than the policy, whose ids a "
+                "critic reads; pass value_model or use shared."
+            )
+        return critic
     if isinstance(reward, PreTrainedModel):
         return value_model_from(reward)
     raise BadInput("critic is separate, but the reward is no model to start it from; pass value_model or use shared.")
@@ -141,4 +159,4 @@ def _adapter_reward(lora, directory, batch_size):
         with acting(classifier, REWARD):
             return last_token_scores(classifier, batch.ids, batch_size)
 
-    return score
+    return Reward({str(directory): score}, {})

@@ -137,19 +137,19 @@ def collect(
     draw: Callable[[list[list[int]]], Completions],
     forward: Forward,
     ref_forward: Forward,
-    reward: Callable[[list[list[int]]], Tensor],
+    reward: Callable[[list[list[int]]], Callable[[], Tensor]],
     batch_size: int,
 ) -> tuple[Rollout, dict[str, float]]:
-    """A rollout, and the seconds spent in sampling ("rollout"), the reward ("reward") and the models ("score").
+    """A rollout, and the seconds spent in sampling ("rollout"), the models ("score") and the reward ("reward").
 
-    draw: prompts -> completions. reward: completion ids of all rows, stop tokens included -> scores [B].
+    draw: prompts -> completions. reward: completion ids of all rows, stop tokens included -> a function that gives the
+    scores [B]; what it set to work goes on while the models run, and "reward" is the time it is waited for.
     forward: inputs of at most `batch_size` rows -> logprobs, values, entropies, each [N]; ref_forward: -> logprobs.
     """
     clock = [time.perf_counter()]
     rollout = unscored(prompts, draw(prompts))
     clock.append(time.perf_counter())
     scores = reward(completion_ids(rollout))
-    clock.append(time.perf_counter())
     names = ("logprobs", "values", "entropies", "ref_logprobs")
     tables = {name: torch.zeros_like(rollout.logprobs) for name in names}
     for index in by_length(rollout, batch_size):
@@ -159,5 +159,6 @@ def collect(
             table = part.per_token(counted.cpu())
             tables[name][index, : table.shape[1]] = table
     clock.append(time.perf_counter())
-    seconds = {name: clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "score"))}
-    return replace(rollout, scores=scores, **tables), seconds
+    rollout = replace(rollout, scores=scores(), **tables)
+    clock.append(time.perf_counter())
+    return rollout, {name: clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "score", "reward"))}

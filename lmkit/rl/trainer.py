@@ -27,18 +27,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.data.order import shuffled
 from lmkit.errors import BadInput, Interrupted, Stopped
+from lmkit.generation.complete import completion_texts
 from lmkit.generation.sampler import Completions, sample
+from lmkit.generation.vllm import VLLMSampler
 from lmkit.models.load import load_language_model
 from lmkit.rl import state
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import adapted_kl_coef
 from lmkit.rl.lora import acting
-from lmkit.rl.metrics import evaluation_metrics, explained_variance, guard, rollout_metrics, sample_table, warnings
+from lmkit.rl.metrics import (
+    evaluation_metrics,
+    explained_variance,
+    guard,
+    reward_metrics,
+    rollout_metrics,
+    sample_table,
+    warnings,
+)
 from lmkit.rl.prompts import Prompts, encode_prompts
 from lmkit.rl.ptx import Demonstrations, Text
-from lmkit.rl.rewards import Batch
+from lmkit.rl.rewards import RunningNorm
 from lmkit.rl.roles import make_roles
 from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
+from lmkit.rl.scorers import Batch
 from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, update
 from lmkit.stage import latest_checkpoint, rotate
 from lmkit.tokenization.chat import stop_token_ids
@@ -55,7 +66,8 @@ class PPOTrainer:
     """Trains `model` in place against a reward, held near a reference by a KL penalty.
 
     model: a causal language model, or its directory; its dropout is set to 0.
-    reward: a reward model, its directory, "module:function" or a function (prompts, completions, **columns) -> numbers.
+    reward: a reward model, its directory, "module:function", a function (prompts, completions, **columns) -> numbers,
+        an http(s) address, or a list of them: see `make_reward`.
     args: options of the algorithm.
     train_dataset, eval_dataset: rows with `prompt`, a text or a conversation; other columns reach the reward function.
     processing_class: the tokenizer; that of the model's directory when not given.
@@ -111,12 +123,17 @@ class PPOTrainer:
         self.model = self.accelerator.prepare_model(self.actor_critic)
         self.optimizer = make_optimizer(self.actor_critic, args)
         self.stop_token_ids = stop_token_ids(processing_class)
+        self.sample = sample
+        if args.use_vllm:
+            options = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization, "sleep": args.vllm_enable_sleep_mode}
+            self.sample = VLLMSampler(model, processing_class, **options).sample
         positions = getattr(model.config, "max_position_embeddings", None)
         given = (processing_class, positions, args, self.say)
         self.train_prompts = encode_prompts(train_dataset, "train_dataset", *given)
         self.eval_prompts = encode_prompts(eval_dataset, "eval_dataset", *given) if eval_dataset else None
         self.ptx = self._ptx(ptx_dataset)
         self.iteration, self.kl_coef = 0, args.kl_coef
+        self.score_norm = RunningNorm(args.use_score_norm, args.score_clip)
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         self.ref_scores: list[float] = []  # of the reference at the start, on the evaluation prompts
@@ -174,12 +191,19 @@ class PPOTrainer:
         """One iteration: rollout, advantages, updates. Returns its metrics and the number of tokens drawn."""
         args, accelerator, started = self.args, self.accelerator, time.perf_counter()
         index = self._rows_of_iteration()
-        rollout, seconds = self.collect(self.train_prompts, index, "sampling")
+        try:
+            rollout, seconds = self.collect(self.train_prompts, index, "sampling")
+        except BadInput as error:  # of the reward; other processes may not have met it, so no collective here
+            if self.iteration and accelerator.num_processes == 1:
+                self._save()
+            raise BadInput(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from error
         metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef, accelerator)
+        metrics |= reward_metrics(self.roles.reward.parts, accelerator)
         self.samples = sample_table(rollout, self.train_prompts.rows, index, self.decode)
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
         all_reduce = lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()  # noqa: E731
+        rollout = replace(rollout, scores=self.score_norm(rollout.scores, all_reduce))
         advantages, returns = advantages_and_returns(rollout, args, self.kl_coef, all_reduce)
         before_updates = time.perf_counter()
         steps = args.num_ppo_epochs * args.num_mini_batches
@@ -245,18 +269,20 @@ class PPOTrainer:
     def draw(self, prompts: list[list[int]], purpose: str, model: PreTrainedModel | None = None) -> Completions:
         """A completion of the policy (or `model`) for each prompt of ids; `purpose` seeds the sampling."""
         with self.accelerator.autocast():
-            return sample(
+            return self.sample(
                 self.actor_critic.policy if model is None else model,
                 prompts,
                 max_new_tokens=self.args.max_new_tokens,
                 stop_token_ids=self.stop_token_ids,
+                stop_strings=self.args.stop_strings,
+                tokenizer=self.tokenizer,
                 temperature=self.args.temperature,
                 generator=self._generator(purpose),
                 batch_size=self.args.generation_batch_size,
             )
 
-    def score(self, prompts: Prompts, index: Sequence[int], completions: list[list[int]]) -> Tensor:
-        """The reward's score of each completion (ids) of the rows in `index`: float32 [B]."""
+    def score(self, prompts: Prompts, index: Sequence[int], completions: list[list[int]]) -> Callable[[], Tensor]:
+        """Starts to score a completion (ids) for each of the rows in `index`; what is returned gives the scores [B]."""
         chosen = prompts.rows.select(index)
         asked, texts = chosen["prompt"], self.decode(completions)
         spoken = [
@@ -265,12 +291,11 @@ class PPOTrainer:
         ]
         columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
         ids = [prompts.ids[row] + completion for row, completion in zip(index, completions)]
-        return self.roles.reward(Batch(asked, spoken, ids, columns))
+        return self.roles.reward.start(Batch(asked, spoken, ids, columns))
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
-        """Completions as texts, without the stop token."""
-        ends = [ids[:-1] if ids[-1] in self.stop_token_ids else ids for ids in completion_ids]
-        return self.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        """Completions as texts, without the stop token or what follows from a stop string on."""
+        return completion_texts(self.tokenizer, completion_ids, self.stop_token_ids, self.args.stop_strings)
 
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and ending of one completion for each row of eval_dataset, and what `evaluation` adds.
@@ -299,7 +324,7 @@ class PPOTrainer:
         chosen = [prompts.ids[row] for row in index]
         with acting(policy, None) if reference is None else contextlib.nullcontext():
             drawn = self.draw(chosen, "evaluation", model=policy if reference is None else reference)
-        return self.score(prompts, index, [drawn.ids(row) for row in range(len(chosen))])
+        return self.score(prompts, index, [drawn.ids(row) for row in range(len(chosen))])()
 
     def _gathered(self, numbered: Iterable[tuple[int, Any]]) -> list[Any]:
         """What the processes have for the rows of a dataset, in the dataset's order."""
@@ -366,7 +391,7 @@ class PPOTrainer:
         tensors = state.gather(self.model, self.optimizer, self._moving_reference())
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
-            rest = {name: getattr(self, name) for name in STATE}
+            rest = {name: getattr(self, name) for name in STATE} | {"score_norm": self.score_norm.state()}
             checkpoint.save(folder / f"step-{self.iteration:06d}", tensors=tensors, state=rest)
             rotate(folder)
         self.accelerator.wait_for_everyone()
@@ -382,6 +407,7 @@ class PPOTrainer:
         found = state.restore(path, self.model, self.optimizer, self._moving_reference(), rank)
         for name in STATE:
             setattr(self, name, found[name])
+        self.score_norm.load(found["score_norm"])
         self.say(f"ppo: going on from iteration {self.iteration} ({path})")
 
     def _moving_reference(self) -> PreTrainedModel | None:

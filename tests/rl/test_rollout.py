@@ -62,7 +62,7 @@ def test_collection_puts_each_number_where_it_belongs(rollout, batch_size):
         lambda prompts: drawn,
         lambda ids, before, targets: (-targets.float(), targets * 2.0, targets * 3.0),
         lambda ids, before, targets: (-targets - 1.0,),
-        lambda completions: torch.tensor([float(sum(c)) for c in completions]),
+        lambda completions: lambda: torch.tensor([float(sum(c)) for c in completions]),
         batch_size,
     )
     counted = found.completion_ids * found.mask
@@ -72,3 +72,24 @@ def test_collection_puts_each_number_where_it_belongs(rollout, batch_size):
     assert torch.equal(found.ref_logprobs, (-counted - 1.0) * found.mask)
     assert found.scores.tolist() == [16, 31, 33]
     assert seconds.keys() == {"rollout", "reward", "score"}
+
+
+def test_the_reward_starts_before_the_models_and_is_waited_for_after_them(rollout):
+    drawn = Completions(
+        rollout.completion_ids, rollout.completion_lengths, rollout.sampled_logprobs, rollout.finish_reasons
+    )
+    order = []
+
+    def note(what, value):
+        order.append(what)
+        return value
+
+    collect(
+        PROMPTS,
+        lambda prompts: note("draw", drawn),
+        lambda ids, before, targets: note("policy", (targets.float(),) * 3),
+        lambda ids, before, targets: note("reference", (targets.float(),)),
+        lambda completions: note("start", lambda: note("scores", torch.zeros(3))),
+        3,
+    )
+    assert order == ["draw", "start", "policy", "reference", "scores"]
