@@ -22,10 +22,16 @@ CHAIN_SEED = -1  # stands for the chain's seed
 
 def relocated(config: StageConfig, old: Path, new: Path, seed: int) -> StageConfig:
     """The configuration with every path below `old` moved below `new`, and with that seed."""
-    values = config.model_dump() | {"seed": seed}
-    inside = {k: v for k, v in values.items() if isinstance(v, Path | str) and Path(v).is_relative_to(old)}
-    moved = {k: type(v)(new / Path(v).relative_to(old)) for k, v in inside.items()}
-    return type(config).model_validate(values | moved)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one) for one in value]
+        if isinstance(value, Path | str) and Path(value).is_relative_to(old):
+            return type(value)(new / Path(value).relative_to(old))
+        return value
+
+    values = {name: moved(value) for name, value in config.model_dump().items()}
+    return type(config).model_validate(values | {"seed": seed})
 
 
 def chained(cls: type[StageConfig]) -> Any:
@@ -71,11 +77,17 @@ def selected(
     return chosen
 
 
+def is_inside(source: Any, run_dir: Path) -> bool:
+    """Whether an input, a path or a list of them, is of the run itself."""
+    several = source if isinstance(source, list) else [source]
+    return all(Path(str(one)).is_relative_to(run_dir) for one in several)
+
+
 def is_stale(stage: Stage, run_dir: Path) -> bool:
     """Whether a stage has its present settings but was made from other outputs of earlier stages of the run."""
     made = made_from(stage.directory)
     changed = stage.changed_inputs(made) if made and not stage.changed_settings(made) else []
-    return bool(changed) and all(Path(str(stage.inputs.get(name))).is_relative_to(run_dir) for name in changed)
+    return bool(changed) and all(is_inside(stage.inputs.get(name), run_dir) for name in changed)
 
 
 def stage_command(stage: str, run_dir: Path, launcher: Path | None = None) -> list[str]:

@@ -66,9 +66,10 @@ class RLHFConfig(Config):
 
 def check_outside(stage: str, section: StageConfig, run_dir: Path) -> None:
     """BadInput unless what the chain does not make itself is there, and has the rows that the stage reads."""
-    for field, path in inputs_of(section).items():
-        if not Path(str(path)).is_relative_to(run_dir):
-            require(path, f"{stage}.{field}")
+    for field, source in inputs_of(section).items():
+        for path in source if isinstance(source, list) else [source]:
+            if not chain.is_inside(path, run_dir):
+                require(path, f"{stage}.{field}")
     if made_from(section.output_dir) is None:
         from lmkit.data.sources import check_rows
 

@@ -100,5 +100,9 @@ def test_content_id_of_files_folders_globs_and_names(sealed, tmp_path):
     (tmp_path / "d" / "1.txt").write_text("two")
     assert content_id(tmp_path / "d") != before
     assert content_id("package.module:function") == "package.module:function"
+    ids = {
+        content_id([sealed, name]) for name in ("package.module:one", "package.module:two", "http://localhost/score")
+    }
+    assert len(ids) == 3
     with pytest.raises(BadInput, match=r"nowhere does not exist"):
         content_id(tmp_path / "nowhere")

@@ -270,6 +270,17 @@ def test_a_round_starts_from_the_one_before():
         assert one.section(stage) == found[stage]
 
 
+def test_a_list_of_the_runs_own_models_moves_with_it_and_need_not_be_there_yet(tmp_path, capsys):
+    ensemble = "[<run>/reward/model, <run>/reward/members/1/model, my_rewards:politeness]"
+    found = sections("--ppo.reward", ensemble)
+    members = ["model", "members/1/model"]
+    assert found["ppo"].reward == [*(f"runs/r/reward/{name}" for name in members), "my_rewards:politeness"]
+    assert found["ppo-2"].reward == [*(f"runs/r/reward-2/{name}" for name in members), "my_rewards:politeness"]
+    flags = ["--runs_dir", str(tmp_path), "--dry-run", "--ppo.reward", ensemble]
+    rlhf.main(load(rlhf.RLHFConfig, flags))
+    assert "ppo: would run" in capsys.readouterr().out
+
+
 def test_a_round_keeps_the_paths_that_are_given_and_trains_no_second_judge():
     found = sections("--ppo.model", "runs/other/sft/model", "--reward.judge_dir", "runs/r/judge")
     assert str(found["ppo-2"].model) == "runs/other/sft/model"
