@@ -143,8 +143,8 @@ def _critic(model, reward, args, value_model, tokenizer):
         critic, own = load_reward_model(Path(reward))
         if own.get_vocab() != tokenizer.get_vocab():
             raise BadInput(
-                f"critic is separate, but the reward model {reward} has another vocabulary than the policy, whose ids a "
-                "critic reads; pass value_model or use shared."
+                f"critic is separate, but the reward model {reward} has another vocabulary than the policy, whose "
+                "ids a critic reads; pass value_model or use shared."
             )
         return critic
     if isinstance(reward, PreTrainedModel):
