@@ -306,7 +306,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         if "id" in record and record["id"] != _record_id(record):
             raise ValueError
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError):
         raise CorruptInput(f"{path} is damaged or was edited. Move its folder aside to redo the stage.") from None

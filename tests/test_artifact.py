@@ -1,9 +1,10 @@
+import errno
 import json
 import os
 
 import pytest
 
-from lmkit.artifact import MANIFEST, content_id, seal, verify
+from lmkit.artifact import MANIFEST, content_id, is_out_of_space, seal, verify, write_json
 from lmkit.errors import BadInput, CorruptInput
 
 
@@ -75,6 +76,15 @@ def damage_manifest(folder):
     (folder / MANIFEST).write_text(text.replace('"size": 4', '"size": 5'))
 
 
+def damage_manifest_layout(folder):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text() + "\n")
+
+
+def damage_manifest_link(folder):
+    (folder / MANIFEST).rename(folder.parent / MANIFEST)
+    (folder / MANIFEST).symlink_to(folder.parent / MANIFEST)
+
+
 def damage_no_manifest(folder):
     (folder / MANIFEST).unlink()
 
@@ -106,3 +116,40 @@ def test_content_id_of_files_folders_globs_and_names(sealed, tmp_path):
     assert len(ids) == 3
     with pytest.raises(BadInput, match=r"nowhere does not exist"):
         content_id(tmp_path / "nowhere")
+
+
+def test_without_space_nothing_is_begun_and_the_old_one_stays(sealed):
+    before = verify(sealed)
+    with pytest.raises(OSError, match=r"MB wanted, .* MB free") as caught, seal(sealed, 10**18):
+        pass
+    assert is_out_of_space(caught.value)
+    assert caught.value.filename == str(sealed)
+    assert verify(sealed) == before
+    assert [p.name for p in sealed.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 61312 vs 61200"),
+    ],
+)
+def test_a_disk_that_fills_up_is_told_with_the_folder(sealed, error):
+    with pytest.raises(OSError, match="filled up") as caught, seal(sealed):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(sealed))
+    assert not is_out_of_space(ValueError("what else can go wrong"))
+
+
+def test_links_that_lie_in_wait_are_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "precious")
+    (tmp_path / ".staging-m").symlink_to(tmp_path)
+    write_json(tmp_path / "a.json", 1)
+    with seal(tmp_path / "m") as folder:
+        (folder / "w").touch()
+    assert (tmp_path / "precious").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "m", "precious"]

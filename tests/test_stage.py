@@ -10,7 +10,7 @@ import pytest
 
 from lmkit.artifact import seal
 from lmkit.config import StageConfig, knob, setting
-from lmkit.errors import BadInput, CorruptInput, Interrupted
+from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked
 from lmkit.stage import Stage, latest_checkpoint, read_record, rotate
 
 
@@ -115,6 +115,54 @@ def test_rotate_keeps_the_newest(tmp_path):
             pass
     rotate(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
+
+
+def test_rotate_counts_only_what_is_whole(tmp_path, capsys):
+    for step in (1, 2, 3, 4):
+        with seal(tmp_path / f"step-{step:06d}") as folder:
+            (folder / "w").write_text(str(step))
+    (tmp_path / "step-000003" / "w").write_text("x")
+    rotate(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000004"]
+    assert "step-000003/w is damaged" in capsys.readouterr().err
+
+
+def test_a_link_in_the_directory_is_refused(config, tmp_path):
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match=r"metrics.jsonl is a link"), Stage("example", config):
+        pass
+
+
+def test_a_directory_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"cannot be written \(Not a directory\)"):
+        finish(config.model_copy(update={"output_dir": tmp_path / "file" / "example"}))
+    with pytest.raises(BadInput, match="without control characters"):
+        finish(config.model_copy(update={"output_dir": tmp_path / "a\nb"}))
+
+
+def test_a_copy_that_comes_late_does_not_do_the_work_again(config):
+    late = Stage("example", config)
+    assert not late.finished
+    finish(config)
+    with pytest.raises(Locked, match="finished by another process"), late:
+        pass
+
+
+def test_an_edited_record_is_refused(config):
+    finish(config)
+    path = config.output_dir / "stage.json"
+    path.write_text(path.read_text().replace('"loss": 1.5', '"loss": 0.5'))
+    with pytest.raises(CorruptInput, match="damaged or was edited"):
+        finish(config)
+
+
+def test_the_last_ending_is_forgotten_when_work_begins(config):
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / "exit.json").write_text('{"code": 75, "reason": "x"}')
+    with Stage("example", config):
+        assert not (config.output_dir / "exit.json").exists()
 
 
 def test_signal_interrupts_at_once_until_the_loop_asks(config):
