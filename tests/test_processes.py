@@ -1,8 +1,8 @@
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +83,13 @@ def test_a_child_dies_with_its_parent(tmp_path):
     process.kill()
     process.wait()
     pid = int((tmp_path / "pid").read_text())
-    while os.path.exists(f"/proc/{pid}") and " Z " not in open(f"/proc/{pid}/stat").read():
+    while is_alive(pid):
         assert time.monotonic() < deadline, "the child outlives a parent that was killed"
         time.sleep(0.01)
+
+
+def is_alive(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
