@@ -40,13 +40,12 @@ def documents(path, start, stop, size=100_000):
     with open(path, "rb") as file:
         file.seek(start)
         while start < stop:
-            piece = file.read(min(size, stop - start))
-            while not piece.endswith(b"\n\n") and start + len(piece) < stop and (line := file.readline()):
-                piece += line
-            start += len(piece)
-            if not piece:
-                return
-            yield piece.decode("utf-8", errors="ignore")
+            lines = [file.read(min(size, stop - start))]
+            start += len(lines[0])
+            while start < stop and lines[-1] != b"\n" and (line := file.readline()):
+                lines.append(line)
+                start += len(line)
+            yield b"".join(lines).decode("utf-8", errors="ignore")
 
 
 def parts(args):

@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import tiktoken
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from lmkit.tokenization.byte_level import BYTE_CHARACTERS, capped, has_long_run
 
-SAMPLE_CHARACTERS = 4_000_000
 BUFFER_DOCUMENTS = 128  # rustbpe holds as many at once, 8192 unless told
 # Between a line end and the next line's first character no expression joins words.
 _LINES = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def train_rustbpe(
-    documents: Iterable[str], num_tokens: int, split: str, nfc: bool, min_frequency: int
+    read: Callable[[], Iterable[str]], num_tokens: int, split: str, nfc: bool, min_frequency: int
 ) -> list[tuple[str, str]] | None:
     """Merges in their order, as pairs of byte-level tokens; None where they may differ from those of `tokenizers`.
 
+    read: starts a pass over the documents; a second one goes on until the last pair is seen `min_frequency` times.
     num_tokens: bytes and merges together. None when the corpus ends before that, when two merges give one token, or
-    when the last pair is not seen `min_frequency` times in the first documents, which are kept for that.
+    when that last pair is rarer.
     """
     import rustbpe
 
-    sample: list[str] = []
     learner = rustbpe.Tokenizer()
-    texts = _prepared(documents, split, nfc, sample)
+    texts = _prepared(read(), split, nfc)
     learner.train_from_iterator(texts, num_tokens, buffer_size=BUFFER_DOCUMENTS, pattern=split)
     ranks = {bytes(token): rank for token, rank in learner.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
@@ -41,7 +40,7 @@ def train_rustbpe(
     # The token of the last merge stands for all occurrences of its pair: nothing merged it further.
     twin = tiktoken.Encoding(name="learnt", pat_str=split, mergeable_ranks=ranks, special_tokens={})
     last, seen = next(reversed(ranks)), 0
-    for text in sample:
+    for text in _prepared(read(), split, nfc):
         if last in text.encode():
             seen += twin.encode_ordinary(text).count(num_tokens - 1)
         if seen >= min_frequency:
@@ -49,19 +48,15 @@ def train_rustbpe(
     return None
 
 
-def _prepared(documents: Iterable[str], split: str, nfc: bool, sample: list[str]) -> Iterator[str]:
-    words = pre_tokenizers.Split(Regex(capped(split)), "isolated")
-    normalizer, kept = normalizers.NFC(), 0
+def _prepared(documents: Iterable[str], split: str, nfc: bool) -> Iterator[str]:
+    words, normalizer = pre_tokenizers.Split(Regex(capped(split)), "isolated"), normalizers.NFC()
     for document in documents:
         text = normalizer.normalize_str(document) if nfc else document
-        if has_long_run(text):
-            for line in _LINES.split(text):
-                yield from (word for word, _ in words.pre_tokenize_str(line)) if has_long_run(line) else [line]
+        if not has_long_run(text):
+            yield text
             continue
-        if kept < SAMPLE_CHARACTERS:
-            sample.append(text)
-            kept += len(text)
-        yield text
+        for line in _LINES.split(text):
+            yield from (word for word, _ in words.pre_tokenize_str(line)) if has_long_run(line) else [line]
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def train_tokenizer(
     """A tokenizer trained on the documents that `read()` yields; they are never held in memory together.
 
     Args:
-        read: starts one pass over the documents. A second pass is made only when rustbpe had to be given up.
+        read: starts one pass over the documents. With rustbpe a second one ends early or starts `tokenizers`.
         vocab_size: total number of ids, special tokens included; a multiple of 128.
         kind: byte-level BPE, or a SentencePiece model with byte fallback.
         split: how BPE cuts text into words first; a name of `byte_level.SPLITS`.
@@ -126,7 +126,7 @@ def _byte_level_bpe(
     if trainer != "tokenizers" and rustbpe and not max_token_length:
         from lmkit.tokenization.rustbpe_trainer import train_rustbpe
 
-        merges = train_rustbpe(not_empty(read()), vocab_size - len(specials), split, nfc, min_frequency)
+        merges = train_rustbpe(lambda: not_empty(read()), vocab_size - len(specials), split, nfc, min_frequency)
         if merges is not None:
             tokens = [*specials, *BYTE_CHARACTERS, *(left + right for left, right in merges)]
             return byte_level_tokenizer({token: i for i, token in enumerate(tokens)}, merges, split, nfc)

@@ -66,9 +66,9 @@ def test_a_corpus_that_ends_early_is_left_to_tokenizers(documents):
 
 def test_pairs_too_rare_are_left_to_tokenizers():
     corpus = random_corpus(0)
-    merges = train_rustbpe(corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=2)
+    merges = train_rustbpe(lambda: corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=2)
     assert merges is not None
-    assert train_rustbpe(corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=10**6) is None
+    assert train_rustbpe(lambda: corpus, 256 + 60, SPLITS["qwen2"], nfc=False, min_frequency=10**6) is None
 
 
 def test_two_merges_of_one_token_are_left_to_tokenizers(monkeypatch):
@@ -82,7 +82,7 @@ def test_two_merges_of_one_token_are_left_to_tokenizers(monkeypatch):
             return [*((bytes([i]), i) for i in range(256)), (b"aa", 256), (b"aaa", 257), (b"aaa", 258), (b"b ", 259)]
 
     monkeypatch.setattr("rustbpe.Tokenizer", Twice)
-    assert train_rustbpe(["b b b "] * 9, 260, r"[\s\S]+", nfc=False, min_frequency=2) is None
+    assert train_rustbpe(lambda: ["b b b "] * 9, 260, r"[\s\S]+", nfc=False, min_frequency=2) is None
 
 
 def test_what_rustbpe_cannot_do_is_refused(documents):
