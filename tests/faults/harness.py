@@ -177,7 +177,9 @@ evaluation: {{prompts: {folder}/prompts.heldout.jsonl, num_prompts: 4, best_of: 
 
 def on_event(react, event, args):
     """An audit hook: calls `react(path)` when a folder in the making is made, renamed or written to."""
-    if event in ("os.mkdir", "os.rename", "os.chmod", "shutil.rmtree", "os.remove", "os.rmdir", "open") and args:
+    if event in ("os.remove", "os.rmdir"):  # inside a folder that goes; its own name is not in the path
+        react(event, str(args[0]))
+    elif event in ("os.mkdir", "os.rename", "os.chmod", "shutil.rmtree", "open"):
         path = str(args[0])
         if any(mark in path for mark in (*HIDDEN, "MANIFEST", ".json.tmp")):
             react(event, path)

@@ -94,11 +94,11 @@ class KillAt:
 
 def saves(folder, steps):
     for step in steps:
-        with seal(folder / f"step-{step:06d}") as staging:
+        with seal(folder / "checkpoints" / f"step-{step:06d}") as staging:
             (staging / "sub").mkdir()
             (staging / "model").write_text(str(step) * 1000)
             (staging / "sub" / "state").write_text(str(step))
-        rotate(folder)
+        rotate(folder / "checkpoints")
     with seal(folder / "model") as staging:  # an artifact that is there already is replaced
         (staging / "weights").write_text(f"after {steps}")
 
@@ -128,14 +128,15 @@ def test_every_kill_point_of_sealing(tmp_path, tally):
         folder.mkdir()
         saves(folder, (10,))
         died = child_of(work, folder, number) == -9
-        newest = latest_checkpoint(folder)
+        newest = latest_checkpoint(folder / "checkpoints")
         assert newest is not None
         assert tally.count(broken(folder) == []), broken(folder)
-        steps = sorted(p.name for p in folder.glob("step-*"))
+        steps = sorted(p.name for p in folder.glob("checkpoints/step-*"))
         assert len(steps) >= 2 or steps == ["step-000010"], "an older checkpoint went before a newer one was there"
         saves(folder, (50, 60))
         # What is hidden, a stage sweeps away when it takes its lock.
-        assert sorted(p.name for p in folder.glob("[!.]*")) == ["model", "step-000050", "step-000060"]
+        names = sorted(p.name for p in [*folder.glob("[!.]*"), *folder.glob("checkpoints/[!.]*")])
+        assert names == ["checkpoints", "model", "step-000050", "step-000060"]
     assert number > 60
     tally.figure = f"{number - 1} kill points, a verified checkpoint after each"
 
@@ -171,15 +172,14 @@ def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, tally,
         type(tmp_path), "rename", lambda self, to: order.append(("rename", str(to))) or rename(self, to)
     )
     saves(tmp_path, (10,))
-    for target, names in (("step-000010", ["model", "sub/state", "sub", "MANIFEST.json", ""]), ("model", ["weights"])):
-        renamed = order.index(("rename", str(tmp_path / target)))
+    whole = ["model", "sub/state", "sub", "MANIFEST.json", ""]
+    for parent, target, names in (tmp_path / "checkpoints", "step-000010", whole), (tmp_path, "model", ["weights"]):
+        renamed = order.index(("rename", str(parent / target)))
         for name in names:
             # A manifest is synced under the name it has before its own replacement.
-            path = (
-                str(tmp_path / f".staging-{target}" / name).rstrip("/").replace("MANIFEST.json", ".MANIFEST.json.tmp")
-            )
+            path = str(parent / f".staging-{target}" / name).rstrip("/").replace("MANIFEST.json", ".MANIFEST.json.tmp")
             assert tally.count(("fsync", path) in order[:renamed]), f"{path} is not on the disk before the rename"
-        assert tally.count(order[renamed + 1] == ("fsync", str(tmp_path)))
+        assert tally.count(order[renamed + 1] == ("fsync", str(parent)))
     tally.figure = f"{len(order)} calls in order"
 
 
