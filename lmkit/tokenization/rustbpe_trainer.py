@@ -62,11 +62,14 @@ def _prepared(documents: Iterable[str], split: str, nfc: bool) -> Iterator[str]:
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
     """The two tokens whose merge made `token`: what its bytes are once every earlier merge is made."""
     limit, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
+    following = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]  # of each with the next
     while len(parts) > 2:
-        following = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]
         at = following.index(min(following))
         if following[at] == limit:
             raise ValueError(f"the token {token!r} does not follow from earlier merges")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del following[at]
+        for left in range(max(at - 1, 0), min(at + 1, len(following))):
+            following[left] = ranks.get(parts[left] + parts[left + 1], limit)
     left, right = ("".join([BYTE_CHARACTERS[byte] for byte in part]) for part in parts)
     return left, right
