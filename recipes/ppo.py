@@ -1,8 +1,7 @@
 """PPO: the SFT model learns to please the reward model without leaving its own neighbourhood.
 
 Reads   --model (the SFT model), --reward (a reward model's directory, or module:function), --prompts, --eval_prompts
-Writes  output_dir/model (the policy), output_dir/value (the critic, a sequence-classification model), metrics.jsonl,
-        samples.jsonl
+Writes  output_dir/model (the policy), output_dir/value (the critic), metrics.jsonl, samples.jsonl
 
     python recipes/ppo.py --reward my_rewards:politeness --prompts prompts.jsonl
     python recipes/ppo.py --train.kl_coef 0.1 --lora.r 16                    # adapters, one frozen base in memory
@@ -59,6 +58,7 @@ def main(config: PPOStageConfig) -> Path:
     stage = Stage("ppo", config)
     if stage.finished:
         return stage.directory
+    from lmkit.data.encode import inspect_prompts, show_counts
     from lmkit.data.sources import load_prompts
     from lmkit.evaluation.preference import component_means, gold_scores
     from lmkit.models.load import load_language_model
@@ -74,8 +74,8 @@ def main(config: PPOStageConfig) -> Path:
 
     with stage:
         model, tokenizer = load_language_model(config.model)
-        prompts = load_prompts(config.prompts)
-        heldout = load_prompts(config.eval_prompts) if config.eval_prompts else None
+        prompts, heldout = (load_prompts(path) if path else None for path in (config.prompts, config.eval_prompts))
+        counts = inspect_prompts(prompts, heldout, tokenizer)
         trainer = PPOTrainer(
             model,
             reward=config.reward,
@@ -94,8 +94,8 @@ def main(config: PPOStageConfig) -> Path:
         )
         train = config.train
         stage.say(
-            f"{len(prompts):,} prompts, {train.num_iterations} iterations of {train.rollout_batch_size} completions "
-            f"and {train.num_ppo_epochs} x {train.num_mini_batches} updates, "
+            f"{show_counts('prompts', counts)}\n{train.num_iterations} iterations of {train.rollout_batch_size} "
+            f"completions and {train.num_ppo_epochs} x {train.num_mini_batches} updates, "
             f"{'no' if train.advantage_estimator == 'rloo' else train.critic} critic"
         )
         metrics = trainer.train(resume_from_checkpoint=True)
@@ -112,7 +112,7 @@ def main(config: PPOStageConfig) -> Path:
             if train.advantage_estimator == "gae":
                 with stage.seal("value") as folder:
                     trainer.save_value_model(folder)
-        stage.finish(metrics)
+        stage.finish(metrics | {f"rows/{name}": count for name, count in counts.items()})
     return stage.directory
 
 

@@ -87,8 +87,8 @@ def main(config: RewardStageConfig) -> Path:
         limits = config.max_length, config.on_truncation, config.margin
         dataset, counts = encode_pairs(learnt, tokenizer, *limits)
         heldout, heldout_counts = encode_pairs(judged, tokenizer, *limits)
-        stage.say(show_counts("pairs", inspect_rows(learnt, judged)))
-        stage.say(show_counts("for training", counts) + "\n" + show_counts("held out", heldout_counts))
+        counts |= inspect_rows(learnt, judged)
+        stage.say(show_counts("pairs", counts) + "\n" + show_counts("held out", heldout_counts))
         trainer = Trainer(
             stage,
             model=model,

@@ -8,7 +8,7 @@ Writes  output_dir/model (adapters are merged into it), metrics.jsonl, samples.j
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -41,6 +41,7 @@ class SFTStageConfig(StageConfig):
     eval_data: str | list[str] | None = source(EVAL_DATA, "held-out demonstrations; of data of your own: a share")
     eval_fraction: float = setting(0.05, "the share held out when no eval_data is given", gt=0, lt=1)
     mapping: dict[str, str] = setting({}, "columns of the files to prompt and completion, where not recognised")
+    on_bad: Literal["error", "skip"] = setting("error", "rows that are none: an error above 1 %, or skipped")
     assistant_only_loss: bool = setting(False, "learn the assistant's earlier turns too, not the last one alone")
     max_length: int = setting(256, "longest row in tokens", gt=0)
     on_truncation: str = setting("error", "longer rows: error above 1 %, drop, or cut", pattern="^(error|drop|cut)$")
@@ -78,18 +79,17 @@ def main(config: SFTStageConfig) -> Path:
         pass
 
     with stage:
-        rows = load_demonstrations(config.data, config.mapping)
+        rows = load_demonstrations(config.data, config.mapping, config.on_bad)
         if config.eval_data is None:
             rows, eval_rows = rows.train_test_split(config.eval_fraction, seed=config.seed).values()
         else:
-            eval_rows = load_demonstrations(config.eval_data, config.mapping)
+            eval_rows = load_demonstrations(config.eval_data, config.mapping, config.on_bad)
         model, tokenizer = load_language_model(config.model, **quantization(config.lora))
         check_positions(model, config.max_length)
-        limits = config.max_length, config.on_truncation, config.assistant_only_loss
-        dataset, counts = encode_demonstrations(rows, tokenizer, *limits)
-        eval_dataset, eval_counts = encode_demonstrations(eval_rows, tokenizer, *limits)
-        stage.say(show_counts("demonstrations", inspect_rows(rows, eval_rows)))
-        stage.say(show_counts("for training", counts) + "\n" + show_counts("held out", eval_counts))
+        how = tokenizer, config.max_length, config.on_truncation, config.assistant_only_loss
+        (dataset, counts), (eval_dataset, eval_counts) = (encode_demonstrations(r, *how) for r in (rows, eval_rows))
+        counts |= inspect_rows(rows, eval_rows)
+        stage.say(show_counts("demonstrations", counts) + "\n" + show_counts("held out", eval_counts))
         prompts, room = short_prompts(eval_rows, tokenizer, config.max_length)
 
         def sample() -> list[dict]:

@@ -11,8 +11,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lmkit.data.formats import inspect_rows
 from lmkit.errors import BadInput
-from lmkit.tokenization.chat import render, stop_token_ids
+from lmkit.tokenization.chat import render, render_all, stop_token_ids
 
 OnTruncation = Literal["error", "drop", "cut"]
 MAX_LOST = 0.01
@@ -33,17 +34,18 @@ def encode_demonstrations(
     dropped only when no completion token is among them. BadInput when no row is left that teaches the model to stop.
     """
     stops, examples, num_long = set(stop_token_ids(tokenizer)), [], 0
-    lengths = []
-    for number, row in enumerate(rows):
-        prompt_ids, completion_ids = render(tokenizer, row["prompt"], row["completion"])
+    lengths, prompts, completions = [], rows["prompt"][:], rows["completion"][:]
+    rendered = render_all(tokenizer, prompts, completions)
+    for number, (prompt_ids, completion_ids) in enumerate(rendered):
         if len(completion_ids) < 2 or completion_ids[-1] not in stops:
             raise BadInput(
-                f"row {number} has an empty completion: {str(row)[:120]}. Remove the row or give it an answer."
+                f"row {number} has an empty completion for {str(prompts[number])[:100]!r}. Remove the row or give it "
+                "an answer."
             )
         lengths.append(len(prompt_ids) + len(completion_ids))
         num_long += lengths[-1] > max_length
         if lengths[-1] <= max_length or (on_truncation == "cut" and len(prompt_ids) < max_length):
-            before = _assistant_labels(tokenizer, row["prompt"], prompt_ids) if assistant_only_loss else None
+            before = _assistant_labels(tokenizer, prompts[number], prompt_ids) if assistant_only_loss else None
             labels = (before or [-100] * len(prompt_ids)) + completion_ids
             examples.append({"input_ids": (prompt_ids + completion_ids)[:max_length], "labels": labels[:max_length]})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
@@ -53,7 +55,8 @@ def encode_demonstrations(
             f"all {len(examples):,} rows are cut off at max_length {max_length}, so the model would never learn to "
             "stop. Raise --max_length."
         )
-    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long) | {"taught_to_stop": num_stopped}
+    counts = {"kept": len(examples), "taught_to_stop": num_stopped}
+    return Dataset.from_list(examples), count_lengths(lengths, max_length) | counts
 
 
 def _assistant_labels(tokenizer: PreTrainedTokenizerBase, prompt: Any, prompt_ids: list[int]) -> list[int]:
@@ -89,17 +92,19 @@ def encode_pairs(
     examples, lengths, num_long, num_equal = [], [], 0, 0
     if margin is not None and margin not in rows.column_names:
         raise BadInput(f"the pairs have no column {margin!r}; found {', '.join(rows.column_names)}. Change --margin.")
-    for number, row in enumerate(rows):
-        prompt_ids, chosen_ids = render(tokenizer, row["prompt"], row["chosen"])
-        _, rejected_ids = render(tokenizer, row["prompt"], row["rejected"])
+    prompts, chosen, rejected = (rows[name][:] for name in ("prompt", "chosen", "rejected"))
+    margins = None if margin is None else [_number(value, margin, n) for n, value in enumerate(rows[margin])]
+    rendered = zip(render_all(tokenizer, prompts, chosen), render_all(tokenizer, prompts, rejected))
+    for number, ((prompt_ids, chosen_ids), (_, rejected_ids)) in enumerate(rendered):
         lengths.append(len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)))
         num_long += lengths[-1] > max_length
         num_equal += chosen_ids == rejected_ids
         if lengths[-1] <= max_length and chosen_ids != rejected_ids:
             example = {"chosen_ids": prompt_ids + chosen_ids, "rejected_ids": prompt_ids + rejected_ids, "row": number}
-            examples.append(example if margin is None else example | {"margin": _number(row[margin], margin, number)})
+            examples.append(example if margins is None else example | {"margin": margins[number]})
     _check_kept(len(examples), lengths, num_long, max_length, on_truncation)
-    return Dataset.from_list(examples), _counts(len(examples), lengths, num_long) | {"equal": num_equal}
+    counts = {"kept": len(examples), "equal": num_equal}
+    return Dataset.from_list(examples), count_lengths(lengths, max_length) | counts
 
 
 def _number(value: Any, name: str, row: int) -> float:
@@ -121,26 +126,48 @@ def _check_kept(num_kept: int, lengths: Sequence[int], num_long: int, max_length
         )
 
 
-def _counts(num_kept: int, lengths: Sequence[int], num_long: int) -> dict[str, int]:
+def inspect_prompts(rows: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Counts of prompts to sample for: `lmkit.data.formats.inspect_rows`, and their lengths as the model sees them."""
+    lengths = [len(ids) for ids, _ in render_all(tokenizer, rows["prompt"][:], [None] * len(rows))]
+    return inspect_rows(rows, held_out) | count_lengths(lengths)
+
+
+def count_lengths(lengths: Sequence[int], max_length: int | None = None) -> dict[str, Any]:
+    """Counts about the lengths of rows in tokens: how many are over the maximum, quantiles, and a histogram.
+
+    length_histogram: upper end in tokens -> rows of at most so many and more than the end before it.
+
+    >>> count_lengths([5, 30, 40, 300], max_length=256)["length_histogram"]
+    {'16': 1, '32': 1, '64': 1, '128': 0, '256': 0, '512': 1}
+    """
     median, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.99))
+    bins = [max(math.ceil(math.log2(max(length, 1))), 4) for length in lengths]
+    histogram = {str(2**power): bins.count(power) for power in range(min(bins), max(bins) + 1)}
+    over = {} if max_length is None else {"over_max_length": sum(length > max_length for length in lengths)}
     return {
         "rows": len(lengths),
-        "kept": num_kept,
-        "over_max_length": num_long,
+        **over,
         "median_tokens": median,
         "p99_tokens": most,
         "longest_tokens": max(lengths),
+        "length_histogram": histogram,
     }
 
 
-def show_counts(name: str, counts: dict[str, int]) -> str:
-    """One line for a person.
+def show_counts(name: str, counts: dict[str, Any]) -> str:
+    """One line for a person; shares stand beside counts of rows that are lost, and a histogram by its upper ends.
 
-    >>> show_counts("train", {"rows": 1200, "kept": 1190})
-    'train: 1,200 rows, 1,190 kept'
+    >>> show_counts("train", {"rows": 1200, "over_max_length": 30, "length_histogram": {"16": 9, "32": 1191}})
+    'train: 1,200 rows, 30 over max length (2.5 %), lengths up to 16: 9, 32: 1,191'
     """
-    rest = [f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()]
-    return f"{name}: {', '.join(rest)}"
+    shown = []
+    for key, value in counts.items():
+        if isinstance(value, dict):
+            shown.append("lengths up to " + ", ".join(f"{end}: {number:,}" for end, number in value.items()))
+        else:
+            share = f" ({value / counts['rows']:.1%})".replace("%", " %") if key == "over_max_length" else ""
+            shown.append(f"{value:,} {key.replace('_', ' ')}{share}")
+    return f"{name}: {', '.join(shown)}"
 
 
 def short_prompts(

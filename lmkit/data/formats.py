@@ -152,7 +152,9 @@ def inspect_rows(rows: Dataset, held_out: Dataset | None = None) -> dict[str, in
     targets = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
     keys = _keys(rows, ["prompt", *targets])
     empty = zip(*([not str(value).strip() for value in rows[name][:]] for name in targets))
-    counts = {"rows": len(rows), "duplicates": len(keys) - len(set(keys)), "no_target": sum(map(any, empty))}
+    counts = {"rows": len(rows), "duplicates": len(keys) - len(set(keys))}
+    if targets:
+        counts["no_target"] = sum(map(any, empty))
     if "chosen" in targets:
         counts["equal_pairs"] = sum(a == b for a, b in zip(rows["chosen"][:], rows["rejected"][:]))
     if held_out is not None:

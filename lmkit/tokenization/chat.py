@@ -6,7 +6,9 @@ all of them see the same ids, and so that text from a user, a corpus or a model 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import BadInput
 from lmkit.tokenization.vocabulary import END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
@@ -14,9 +16,10 @@ from lmkit.tokenization.vocabulary import END_OF_TURN, SPECIAL_TOKENS, START_OF_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_TEMPLATE", "ROLES", "SPECIAL_TOKENS", "encode_text", "render", "stop_token_ids"]
+__all__ = ["CHAT_TEMPLATE", "ROLES", "SPECIAL_TOKENS", "encode_text", "render", "render_all", "stop_token_ids"]
 
 ROLES = ("system", "user", "assistant")
+CHUNK = 1000  # rows whose texts are encoded together
 
 # ChatML. The line break stands before a turn, not after it, so that a conversation ends with <|im_end|>: its ids are
 # exactly those of the prompt followed by those of the completion.
@@ -32,8 +35,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` as plain text: the name of a special token in it is spelled out, never the token itself."""
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> list[int] | list[list[int]]:
+    """Ids of a text, or of each of several, as plain text: a special token's name is spelled out, never the token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -77,35 +80,65 @@ def render(
 
     A tokenizer without a chat template takes a text or a single user message. Raises BadInput on anything else.
     """
-    messages = _messages(prompt)
-    answer = None if completion is None else _answer(completion)
-    if not tokenizer.chat_template:
-        return _render_plain(tokenizer, messages, answer)
-    if tokenizer.chat_template != CHAT_TEMPLATE:
-        return _render_foreign(tokenizer, messages, answer)
+    return next(render_all(tokenizer, [prompt], [completion]))
+
+
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], completions: Sequence[Any]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """`render` of each prompt and completion, in order, several times as fast: one call of the tokenizer a chunk.
+
+    The texts are encoded apart from each other, so a row's ids do not depend on the others.
+    """
+    if tokenizer.chat_template and tokenizer.chat_template != CHAT_TEMPLATE:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            yield _render_foreign(tokenizer, _messages(prompt), None if completion is None else _answer(completion))
+        return
+    write = _chat_parts(tokenizer) if tokenizer.chat_template else _plain_parts(tokenizer)
+    rows = zip(prompts, completions, strict=True)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        parts = [write(_messages(prompt), None if c is None else _answer(c)) for prompt, c in chunk]
+        texts = list({part: None for row in parts for half in row for part in half if isinstance(part, str)})
+        ids = dict(zip(texts, encode_text(tokenizer, texts))) if texts else {}
+        for row in parts:
+            yield tuple([i for p in half for i in (ids[p] if isinstance(p, str) else (p,))] for half in row)
+
+
+# The parts of a prompt and of its answer: texts, encoded each by itself, and the ids of special tokens between them.
+Parts = tuple[list[str | int], list[str | int]]
+
+
+def _chat_parts(tokenizer) -> Callable[[list[dict], str | None], Parts]:
     start, end = tokenizer.convert_tokens_to_ids([START_OF_TURN, END_OF_TURN])
-    between = encode_text(tokenizer, "\n")
-    prompt_ids = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        # An assistant's words are encoded apart from the header, as the model that wrote them saw it.
-        parts = [f"{role}\n", content] if role == "assistant" else [f"{role}\n{content}"]
-        prompt_ids += [start, *[i for part in parts for i in encode_text(tokenizer, part)], end, *between]
-    prompt_ids += [start, *encode_text(tokenizer, "assistant\n")]
-    return prompt_ids, [] if answer is None else [*encode_text(tokenizer, answer), end]
+
+    def write(messages: list[dict], answer: str | None) -> Parts:
+        prompt: list[str | int] = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            # An assistant's words are encoded apart from the header, as the model that wrote them saw it.
+            texts = [f"{role}\n", content] if role == "assistant" else [f"{role}\n{content}"]
+            prompt += [start, *texts, end, "\n"]
+        return [*prompt, start, "assistant\n"], [] if answer is None else [answer, end]
+
+    return write
 
 
-def _render_plain(tokenizer, messages: list[dict], answer: str | None) -> tuple[list[int], list[int]]:
-    if len(messages) > 1 or messages[0]["role"] != "user":
-        raise BadInput(
-            f"The tokenizer {tokenizer.name_or_path} has no chat template, and the prompt is a conversation of "
-            f"{len(messages)} messages ({', '.join(m['role'] for m in messages)}). Give the prompt as text, or use a "
-            "tokenizer with a chat template (lmkit.tokenization.chat.CHAT_TEMPLATE needs <|im_start|> and <|im_end|>)."
-        )
+def _plain_parts(tokenizer) -> Callable[[list[dict], str | None], Parts]:
     # Some tokenizers open every text with a token of their own (Llama's <s>).
     opening = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id != tokenizer.eos_token_id]
-    prompt_ids = opening + encode_text(tokenizer, messages[0]["content"])
-    return prompt_ids, [] if answer is None else [*encode_text(tokenizer, answer), stop_token_ids(tokenizer)[0]]
+
+    def write(messages: list[dict], answer: str | None) -> Parts:
+        if len(messages) > 1 or messages[0]["role"] != "user":
+            raise BadInput(
+                f"The tokenizer {tokenizer.name_or_path} has no chat template, and the prompt is a conversation of "
+                f"{len(messages)} messages ({', '.join(m['role'] for m in messages)}). Give the prompt as text, or use "
+                "a tokenizer with a chat template (lmkit.tokenization.chat.CHAT_TEMPLATE needs <|im_start|> and "
+                "<|im_end|>)."
+            )
+        text = messages[0]["content"]
+        return [*opening, text], [] if answer is None else [answer, stop_token_ids(tokenizer)[0]]
+
+    return write
 
 
 def _render_foreign(tokenizer, messages: list[dict], answer: str | None) -> tuple[list[int], list[int]]:

@@ -31,6 +31,7 @@ def test_labels_are_the_completion_with_its_stop_token(tokenizer):
         assert encoded["labels"] == [-100] * len(prompt_ids) + completion_ids
         assert encoded["labels"].count(stop) == 1
     assert (counts["rows"], counts["kept"], counts["over_max_length"]) == (3, 3, 0)
+    assert sum(counts["length_histogram"].values()) == 3
 
 
 def test_long_rows_are_an_error_that_says_what_fits(tokenizer):

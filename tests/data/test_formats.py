@@ -224,4 +224,4 @@ def test_inspection_counts():
         "held_out_in_train": 1,
         "held_out_prompts_in_train": 2,
     }
-    assert inspect_rows(rows({"prompt": [USER]}, {"prompt": [USER]})) == {"rows": 2, "duplicates": 1, "no_target": 0}
+    assert inspect_rows(rows({"prompt": [USER]}, {"prompt": [USER]})) == {"rows": 2, "duplicates": 1}

@@ -50,7 +50,9 @@ def test_model_and_critic_are_ordinary_directories_and_gold_is_watched(nano, rew
     assert max(row.get("val/first_ratio_error", 0) for row in logged) < 1e-4
     assert read_record(directory)["metrics"]["objective/scores"] == logged[-1]["objective/scores"]
     said = capsys.readouterr().out
-    assert "12 prompts, 3 iterations of 8 completions and 1 x 2 updates, shared critic" in said
+    assert "prompts: 12 rows, 0 duplicates, 6 held out rows, 0 held out in train" in said
+    assert "3 iterations of 8 completions and 1 x 2 updates, shared critic" in said
+    assert sum(read_record(directory)["metrics"]["rows/length_histogram"].values()) == 12
     assert "first mini-batch's log ratio at most" in said
     assert "sample: " in said
     assert main(config(nano, reward_directory, tmp_path / "ppo")) == directory
