@@ -6,6 +6,7 @@ What a stage hands over is a plain model directory either way: nothing after it 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,8 +64,9 @@ def quantization(options: LoraOptions) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "score"],
     )
-    return {"quantization_config": four_bit, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": four_bit, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
 
 
 def merged(model: Any, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:

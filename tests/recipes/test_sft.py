@@ -84,10 +84,11 @@ def test_adapters_end_in_a_plain_directory_and_resume_exactly(nano, tmp_path, mo
 
 def test_packed_rows_give_the_loss_of_single_ones(nano, tmp_path):
     """No packed row sees another: the first step's loss is the mean over the same tokens as without packing."""
-    first = {}
+    first, few = {}, tmp_path / "few.jsonl"
+    few.write_text("".join((nano / "sft.jsonl").read_text().splitlines(keepends=True)[:10]))
     for packing in (False, True):
         train = {"packing": packing, "max_steps": 1, "per_device_train_batch_size": 64, "eval_strategy": "no"}
-        directory = main(config(nano, tmp_path / str(packing), train=train))
+        directory = main(config(nano, tmp_path / str(packing), data=str(few), eval_fraction=0.2, train=train))
         first[packing] = read_jsonl(directory / "metrics.jsonl")[0]["loss"]
     assert first[True] == pytest.approx(first[False], rel=1e-4)
 

@@ -50,11 +50,11 @@ def test_4_bits_need_a_gpu_and_bitsandbytes(monkeypatch):
     with pytest.raises(BadInput, match=r"needs a GPU, and found none. Leave it out"):
         quantization(options)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"needs bitsandbytes. Install it: pip install 'lmkit\[qlora\]'"):
         quantization(options)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     asked = quantization(options)
     assert asked["quantization_config"].bnb_4bit_quant_type == "nf4"
-    assert asked["device_map"] == {"": 0}
+    assert asked["device_map"] == {"": 1}
