@@ -166,13 +166,13 @@ def require(source: str | Path | list, name: str = "") -> list[Path]:
     return matches
 
 
-def content_id(source: str | Path | list) -> str:
+def content_id(source: str | Path | list, name: str = "") -> str:
     """What identifies an input: a sealed folder's manifest id, else the sha256 of a file or of all files of a folder.
 
     A text that is not a path but names code or a hub revision (`module:function`, `hub:org/name@commit`) stands for
     itself.
     """
-    paths = require(source)
+    paths = require(source, name)
     if not paths:
         return str(source)
     if isinstance(source, list) or "*" in Path(source).name:

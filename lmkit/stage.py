@@ -10,6 +10,7 @@ and resumable. They are promised for `python recipes/...`; a launcher makes ever
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -127,7 +128,7 @@ class Stage:
             raise BadInput(f"output_dir is {str(self.directory)!r}: wanted a path without control characters.")
         self.checkpoints = self.directory / "checkpoints"
         self.inputs = inputs_of(config)
-        self._input_ids = {name: content_id(value) for name, value in self.inputs.items()}
+        self._input_ids = {name: content_id(value, name) for name, value in self.inputs.items()}
         self._plan = {"stage": name, "config": semantic(config), "inputs": self._input_ids}
         self.fingerprint = hashlib.sha256(json.dumps(self._plan, sort_keys=True, default=str).encode()).hexdigest()
         self._artifacts: dict[str, str] = {}
@@ -306,8 +307,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         if "id" in record and record["id"] != _record_id(record):
             raise ValueError
         return record
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise
     except (ValueError, TypeError):
         raise CorruptInput(f"{path} is damaged or was edited. Move its folder aside to redo the stage.") from None
 
@@ -342,8 +345,8 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         die_with_parent()
     config = None
     try:
-        check_launcher()
         config = load(cls, sys.argv[1:])
+        check_launcher()
         make_upstream(config)
         main(config)
         code, reason = 0, "done"

@@ -97,6 +97,9 @@ class Harness:
         """The reference: every stage once, undisturbed."""
         import rlhf
 
+        warm = self.context.Process(target=int)  # the first child waits for the imports
+        warm.start()
+        warm.join()
         write_data(self.folder)
         config = load(rlhf.RLHFConfig, ["--config", str(write_chain(self.folder))])
         (self.folder / "configs").mkdir()

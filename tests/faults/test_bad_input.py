@@ -63,7 +63,7 @@ TEXTS = [
     ("CR alone", b"a\rb\r\rc\r", ["a\nb", "c"]),
     ("no end of line", b"a\n\nb", ["a", "b"]),
     ("NEL, LS and form feed", "a\x85b\u2028c\x0cd\n".encode(), ["a\x85b\u2028c\x0cd"]),
-    ("blank lines", b"\n\n\na\n\n\n\nb\n\n", ["a", "b"]),
+    ("blank lines", b"\n\n\na\n\n\n\nb\n", ["a", "b"]),
     (
         "private use, joiners, right to left",
         "\ue000 a\u200db \u0627\u0644 e\u0301\n".encode(),
@@ -97,8 +97,8 @@ CHATS = [
      {"role": "assistant", "content": "c"}]}, "system"),
     ("an empty answer", {"prompt": "a", "completion": ""}, "empty"),
     ("an empty prompt", {"prompt": "", "completion": "b"}, "empty|blank"),
-    ("a number for a text", {"prompt": 1, "completion": "b"}, "prompt"),
-    ("null", {"prompt": None, "completion": "b"}, "prompt"),
+    ("a number for a text", {"prompt": 1, "completion": "b"}, "a.jsonl:1 .*wanted"),
+    ("null", {"prompt": None, "completion": "b"}, "a.jsonl:1 .*wanted"),
 ]  # fmt: skip
 
 
