@@ -48,10 +48,11 @@ def tally(request):
     kind = request.node.name.partition("[")[2].rstrip("]")
     if kind and made.figure:  # tests without a figure of their own are one line together
         made.name += f" [{kind}]"
-    if LINES and LINES[-1].name == made.name:
-        LINES[-1].tried += made.tried
-        LINES[-1].passed += made.passed
-    else:
+    same = next((line for line in LINES if line.name == made.name), None)
+    if same is not None:
+        same.tried += made.tried
+        same.passed += made.passed
+    elif made.tried:
         LINES.append(made)
 
 

@@ -2,10 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lmkit.stage import read_record
 from tests.faults.harness import visible
@@ -86,6 +87,20 @@ def test_a_reward_that_is_not_finite(harness, tally, tmp_path, value):
     assert tally.count(code in (2, 4) and f"returned {value}" in output), output
     assert all(finite(folder) for folder in visible(directory))
     tally.figure = f"exit {code}, the row named"
+
+
+def test_a_reward_model_that_is_not_finite(harness, tally, tmp_path):
+    """T11 not finite in the reward model's weights"""
+    model = shutil.copytree(harness.reference("reward") / "model", tmp_path / "model")
+    (model / "MANIFEST.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    weights["score.weight"].view(-1)[0] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    directory = harness.fresh("ppo")
+    code, output = harness.run("ppo", directory, "--reward", model)
+    assert tally.count(code in (2, 4)), output
+    assert not visible(directory)
+    tally.figure = f"exit {code}, nothing saved"
 
 
 class OnPath:

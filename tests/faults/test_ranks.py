@@ -11,21 +11,23 @@ import time
 import pytest
 
 from lmkit.stage import read_record
-from tests.faults.harness import ROOT, broken
+from tests.faults.harness import ROOT, broken, visible
+from tests.faults.test_non_finite import Poison, finite
 from tests.faults.test_signals import alive
 
 TIMEOUT_SECONDS = 15
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def ranks(harness, stage, directory, *flags):
+def ranks(harness, stage, directory, *flags, hooks=(None, None)):
     """Two children as a launcher would start them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"ACCELERATE_USE_CPU": "true", "LMKIT_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS)}
     places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [harness.start(stage, directory, *flags, environment=place) for place in places]
+    started = zip(places, hooks)
+    return [harness.start(stage, directory, *flags, environment=place, hook=hook) for place, hook in started]
 
 
 def wait(children, seconds=120):
@@ -74,6 +76,21 @@ def test_a_process_dies_or_hangs(harness, tally, everything, stage):
         assert codes == [0, 0], other.log.read_text()[-3000:]
         assert read_record(directory)["artifacts"] == read_record(whole)["artifacts"], "resumed to other bytes"
     tally.figure = f"seconds until the other ended: {slowest}, then bit for bit"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", FLAGS)
+def test_a_number_that_is_not_finite_in_one_process(harness, tally, everything, stage, what):
+    """T11 not finite in the second process alone"""
+    if not everything:
+        pytest.skip("a sample: FAULTS=all tries each")
+    directory = harness.fresh(stage)
+    children = ranks(harness, stage, directory, *FLAGS[stage], hooks=(None, Poison(what, float("nan"), 3)))
+    codes = wait(children)
+    assert tally.count(codes == [4, 4]), f"{codes}: {children[0].log.read_text()[-2000:]}"
+    assert json.loads((directory / "exit.json").read_text())["code"] == 4
+    assert all(finite(folder) for folder in visible(directory))
+    tally.figure = "exit 4 in both"
 
 
 def launch(harness, directory, *options, stage="sft", **environment):
