@@ -71,3 +71,16 @@ def beaten_by(bits_per_byte: float, lines: Mapping[str, float]) -> list[str]:
     ['kneser_ney_5', 'xz']
     """
     return sorted((name for name, line in lines.items() if not bits_per_byte < line), key=lines.__getitem__)
+
+
+def verdict(scores: Mapping[str, float], lines: Mapping[str, float]) -> str:
+    """What `HeldOut` and `baselines` found, as lines for a person, with a warning where the model is beaten."""
+    text = (
+        f"validation bits per byte {scores['eval/bits_per_byte']:.4f}, perplexity {scores['eval/perplexity']:.3f} per "
+        f"token (context {scores['eval/context_length']}, stride {scores['eval/stride']}); "
+        f"{scores['eval/unstrided_bits_per_byte']:.4f} unstrided\n"
+        "without weights: " + ", ".join(f"{name} {line:.4f}" for name, line in lines.items())
+    )
+    if better := beaten_by(scores["eval/bits_per_byte"], lines):
+        text += f"\nwarning: the model is worse than {better[0]}; give it more steps or another rate."
+    return text
