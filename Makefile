@@ -29,7 +29,7 @@ slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow" --timeout=1800 --durations=0
 
 faults: $(VENV)/.installed-test
-	FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -m faults --timeout=1800
+	FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -m faults --timeout=1800 -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -44,5 +44,5 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,rustbpe]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,rustbpe,vision]"
 	touch $@

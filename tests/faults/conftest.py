@@ -6,8 +6,6 @@ import pytest
 
 from tests.faults.harness import Harness
 
-LINES = []
-
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -48,16 +46,19 @@ def tally(request):
     kind = request.node.name.partition("[")[2].rstrip("]")
     if kind and made.figure:  # tests without a figure of their own are one line together
         made.name += f" [{kind}]"
-    same = next((line for line in LINES if line.name == made.name), None)
-    if same is not None:
-        same.tried += made.tried
-        same.passed += made.passed
-    elif made.tried:
-        LINES.append(made)
+    request.node.user_properties.append(("tally", vars(made)))  # these travel from the processes of xdist
 
 
 def pytest_terminal_summary(terminalreporter):
-    if LINES:
+    reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "teardown"]
+    lines = {}
+    for tally in (dict(report.user_properties).get("tally") for report in reports):
+        if tally and tally["tried"]:
+            line = lines.setdefault(tally["name"], tally | {"tried": 0, "passed": 0})
+            line["tried"] += tally["tried"]
+            line["passed"] += tally["passed"]
+    if lines:
         terminalreporter.write_sep("=", "faults: what was tried, what held")
-    for line in LINES:
-        terminalreporter.write_line(f"{line.name:<86} tried {line.tried:>5}  passed {line.passed:>5}  {line.figure}")
+    for name, line in sorted(lines.items()):
+        counts = f"tried {line['tried']:>5}  passed {line['passed']:>5}"
+        terminalreporter.write_line(f"{name:<86} {counts}  {line['figure']}")

@@ -154,8 +154,10 @@ def test_a_damaged_artifact_is_read_by_nobody(harness, tally, tmp_path):
 @pytest.mark.parametrize("stage", SAVES)
 def test_going_on_past_a_damaged_checkpoint_is_exact(harness, tally, everything, stage):
     """T2 resumed past damage: the same bytes; with all checkpoints damaged: from the start, the same bytes"""
+    if not everything and stage in ("sft", "ppo"):
+        pytest.skip("a sample: FAULTS=all tries each")
     whole = harness.fresh(stage)
-    (whole.parent).mkdir(parents=True)
+    whole.parent.mkdir(parents=True)
     shutil.copytree(harness.reference(stage), whole)
     shutil.rmtree(whole / "model")
     (whole / "stage.json").unlink()
@@ -176,15 +178,15 @@ def test_going_on_past_a_damaged_checkpoint_is_exact(harness, tally, everything,
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "ppo"])
-def test_each_part_of_a_checkpoint_matters(harness, tally, stage):
+def test_each_part_of_a_checkpoint_matters(harness, tally, everything, stage):
     """T4 a checkpoint that lacks a part, but whose manifest is right, does not give the same end silently"""
-    reference = harness.reference(stage) / "checkpoints"
+    if not everything and stage == "pretrain":
+        pytest.skip("a sample: FAULTS=all tries each")
     first = harness.fresh(stage)
     stop_at = 6 if stage == "pretrain" else 2
     code, output = harness.run(stage, first, hook=StopAfter(stop_at))
     assert code == 75, output
     (checkpoint,) = sorted((first / "checkpoints").glob("step-*"))[-1:]
-    assert reference.is_dir()
     for part in ("optimizer.safetensors", "model.safetensors", "state.json"):
         directory = harness.fresh(stage)
         shutil.copytree(first, directory)

@@ -26,7 +26,9 @@ SAVE_SECONDS = 0.03
 @pytest.mark.parametrize("stage", CHAIN)
 def test_random_kills(harness, tally, everything, stage):
     """T1 SIGKILL at random instants"""
-    kills, aimed, torn_saves, lost, most_lost = (20, 8, 0, 0, 0) if everything else (2, 1, 0, 0, 0)
+    if not everything and stage in ("reward", "evaluation"):
+        pytest.skip("a sample: FAULTS=all tries each")
+    kills, aimed, torn_saves, most_lost = (20, 8, 0, 0) if everything else (2, 1, 0, 0)
     done = 0
     while done < kills or (everything and torn_saves < 5):
         directory = harness.fresh(stage)
@@ -143,7 +145,7 @@ def test_every_kill_point_of_sealing(tmp_path, tally):
 
 def test_a_pretraining_killed_at_every_kind_of_event(harness, tally, everything):
     """T1b the same inside a stage: its record, its checkpoints, its artifact"""
-    numbers = [*range(1, 400, 9)] if everything else [5, 60]
+    numbers = [*range(1, 400, 9)] if everything else [60]
     for number in numbers:
         directory = harness.fresh("pretrain")
         child = harness.start("pretrain", directory, hook=KillAt(number))

@@ -18,6 +18,8 @@ LIMIT_SECONDS = 10
 @pytest.mark.parametrize("stage", CHAIN)
 def test_signals_at_random_instants(harness, tally, everything, stage):
     """T7 SIGTERM and Ctrl-C at random instants"""
+    if not everything and stage in ("tokenizer", "reward", "evaluation"):
+        pytest.skip("a sample: FAULTS=all tries each")
     slowest, tries = 0.0, 6 if everything else 1
     while tally.tried < tries:
         directory = harness.fresh(stage)
