@@ -74,6 +74,7 @@ def main() -> None:
             made = prepare(part)
             seconds[name].append(time.perf_counter() - start)
             assert len(made) == size
+            emit(f"seconds_{name}", seconds[name][-1], "s", round=number, rows=size)
     for name, taken in seconds.items():
         emit(f"rows_{name}", size / statistics.median(taken), "rows/s", seconds=[round(one, 2) for one in taken])
     ratios = [theirs / ours for ours, theirs in zip(seconds["lmkit"], seconds["trl"])]
