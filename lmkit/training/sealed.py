@@ -198,9 +198,10 @@ def final_evaluation(trainer: SealedCheckpoints) -> dict[str, float]:
 def save_model(trainer: SealedCheckpoints, model: PreTrainedModel | None = None) -> None:
     """Seals the trained model, or `model` in its stead, with its tokenizer as an artifact; every process calls it."""
     stage, main = trainer.stage, trainer.accelerator.is_main_process
-    check_finite(dict(trainer.model.named_parameters()))
+    parameters = dict((model or trainer.model).named_parameters())
+    check_finite(parameters)
     folder = stage.directory / ".staging-model"
-    with stage.seal("model") if main else contextlib.nullcontext():
+    with stage.seal("model", num_bytes(parameters.values())) if main else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
         if model is None or model is trainer.model:
             trainer.save_model(str(folder))  # gathers the weights where they are sharded
