@@ -1,7 +1,8 @@
 """Pretraining: a language model from nothing, or from an existing one, on token shards.
 
-Reads   --tokenizer and --shards, as the tokenizer stage writes them
-Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat template; metrics.jsonl
+Reads   --tokenizer and --shards, as the tokenizer stage writes them; --init_from, a model to go on training
+Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat template; metrics.jsonl, samples.jsonl;
+        with --train.ema_decay the averaged weights beside it, as model_ema
 
     python recipes/pretrain.py --train.max_steps 1000
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/pretrain.py --config my.yaml
@@ -10,23 +11,43 @@ Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat
 from pathlib import Path
 from typing import Literal
 
-from lmkit.config import StageConfig, knob, setting
-from lmkit.errors import BadInput
+from pydantic import model_validator
+
+from lmkit.config import StageConfig, knob, setting, source
 from lmkit.models.presets import ModelConfig
 from lmkit.stage import Stage, run
+from lmkit.training.lora import LoraOptions
 from lmkit.training.options import TrainConfig
+
+SHARDS = Path("runs/tiny/tokenizer/shards")
 
 
 class PretrainConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/pretrain"), "where the stage writes")
     tokenizer: Path = setting(Path("runs/tiny/tokenizer/tokenizer"), "tokenizer directory")
-    shards: Path = setting(Path("runs/tiny/tokenizer/shards"), "token shards with the splits train and validation")
-    init_from: Path | None = setting(None, "model directory to go on training from, instead of a fresh `model`")
-    model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh")
+    shards: Path | list[Path] = source(SHARDS, "folders with splits train and validation; the first's is validated on")
+    weights: list[float] = setting([], "share of the samples from each of several shards; empty: by their size")
+    init_from: str | None = source(
+        None, "model to go on training, a folder or hub:NAME@REVISION; empty: a fresh `model`"
+    )
+    model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh, and the length of its blocks")
+    lora: LoraOptions = setting(LoraOptions(), "adapters, merged at the end")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
-    packing: Literal["stream", "pad"] = setting("pad", "blocks: the corpus cut anywhere, or one document each")
+    packing: Literal["stream", "bos_bestfit", "pad"] = setting(
+        "pad", "blocks: the corpus cut anywhere, whole documents side by side, or one document each"
+    )
+    document_mask: bool = setting(False, "no token sees another document of its block")
+    z_loss: float = setting(0.0, "weight of the squared log normaliser in a token's loss", ge=0)
     ngram_orders: list[int] = setting([5, 7], "orders of the n-grams that the model is held against")
     validation_tokens: int = setting(65_536, "tokens of the validation split that are scored, from its start", gt=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "PretrainConfig":
+        if self.lora.load_in_4bit or (self.lora.r and not self.init_from):
+            raise ValueError("lora: adapts the model that init_from names, in full precision")
+        if self.init_from and self.model.depth:
+            raise ValueError("model.depth: sizes a fresh model; leave it out with init_from")
+        return self
 
 
 def main(config: PretrainConfig) -> Path:
@@ -34,63 +55,62 @@ def main(config: PretrainConfig) -> Path:
     if stage.finished:
         return stage.directory
     import torch
+    from peft import get_peft_model
 
-    from lmkit.data.blocks import Blocks
+    from lmkit.data.mixture import open_mixture
     from lmkit.data.shards import Shards
-    from lmkit.evaluation.baselines import baselines, beaten_by
+    from lmkit.evaluation.baselines import baselines, verdict
     from lmkit.evaluation.held_out import HeldOut
     from lmkit.models.attention import packed_attention
-    from lmkit.models.load import load_language_model
     from lmkit.models.presets import build_model
+    from lmkit.models.start import load_to_continue
     from lmkit.tokenization.read import load_tokenizer
-    from lmkit.training import loop
+    from lmkit.training import dial, loop
+    from lmkit.training.ema import EMA
+    from lmkit.training.lora import merged, peft_config
     from lmkit.training.losses import CausalLMLoss
+    from lmkit.training.mfu import flops_per_token
 
-    tokenizer = load_tokenizer(config.tokenizer)
-    train, validation = Shards.open(config.shards / "train"), Shards.open(config.shards / "validation")
-    train.check_tokenizer(tokenizer)
-    torch.manual_seed(config.seed)
-    if config.init_from is None:
-        model = build_model(config.model, tokenizer)
-    else:
-        model, own = load_language_model(config.init_from)
-        train.check_tokenizer(own)
-    context_length = config.model.sizes()["context_length"]
-    if context_length > model.config.max_position_embeddings:
-        raise BadInput(
-            f"context_length {context_length} is more than the {model.config.max_position_embeddings} of "
-            f"{config.init_from}. Lower model.context_length."
-        )
-    blocks = Blocks(train, context_length, config.packing)
-    accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
-    model.to(accelerator.device)
+    tokenizer, context_length = load_tokenizer(config.tokenizer), config.model.sizes()["context_length"]
+    folders = config.shards if isinstance(config.shards, list) else [config.shards]
+    how = {"packing": config.packing, "document_mask": config.document_mask, "weights": config.weights}
+    data = open_mixture(folders, "train", tokenizer, context_length, seed=config.seed, **how)
+    validation = Shards.open(folders[0] / "validation")
     held_out = HeldOut.start_of(validation, config.validation_tokens, tokenizer, context_length)
+    torch.manual_seed(config.seed)
+    start = lambda: load_to_continue(config.init_from, tokenizer, context_length)  # noqa: E731
+    model = start() if config.init_from else build_model(config.model, tokenizer)
+    adapted = get_peft_model(model, peft_config(config.lora, "CAUSAL_LM")) if config.lora.r else model
+    accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
+    train = dial.by_depth(config.train, config.model, len(tokenizer), accelerator.num_processes)
+    ema = EMA(train.ema_decay) if train.ema_decay else None
+    model.to(accelerator.device)
+
+    def save(artifact: str) -> None:
+        with stage.seal(artifact) as folder:
+            merged(adapted, start).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
     with stage:
         stage.say(
-            f"pretrain: {model.num_parameters():,} parameters, {len(train.tokens):,} tokens in {len(blocks):,} blocks "
+            f"pretrain: {model.num_parameters():,} parameters, {data.num_tokens:,} tokens in {len(data):,} blocks "
             f"of {context_length}, vocabulary {len(tokenizer)}, {accelerator.num_processes} process(es) on "
             f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
         )
         options = {"accelerator": accelerator, "stage": stage, "evaluate": lambda: held_out.scores(model)}
+        options |= {"ema": ema, "flops_per_token": flops_per_token(model, context_length)}
         options["sample"] = lambda: held_out.continuations(model, config.seed)
         with packed_attention(model):
-            metrics = loop.fit(CausalLMLoss(model), blocks.fetch, len(blocks), config.train, **options)
+            metrics = loop.fit(CausalLMLoss(model, config.z_loss), data.fetch, data.num_samples, train, **options)
         if accelerator.is_main_process:
             metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
-            ours, stride = metrics["eval/bits_per_byte"], metrics["eval/stride"]
-            lines = baselines(train.tokens, held_out.tokens, tokenizer, config.ngram_orders)
-            stage.say(
-                f"pretrain: validation bits per byte {ours:.4f}, perplexity {metrics['eval/perplexity']:.3f} per token "
-                f"(context {context_length}, stride {stride}); {metrics['eval/unstrided_bits_per_byte']:.4f} unstrided"
-            )
-            stage.say("without weights: " + ", ".join(f"{name} {line:.4f}" for name, line in lines.items()))
-            if better := beaten_by(ours, lines):
-                stage.say(f"warning: the model is worse than {better[0]}; give it more steps or another rate.")
+            lines = baselines(data.corpora[0].tokens, held_out.tokens, tokenizer, config.ngram_orders)
+            stage.say(f"pretrain: {verdict(metrics, lines)}")
             stage.say(f"sample: {held_out.continuations(model, config.seed)[0]['completion']}")
-            with stage.seal("model") as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+            save("model")
+            if ema:
+                with ema.applied():
+                    save("model_ema")
             stage.finish(metrics | {f"eval/{key}_bits_per_byte": value for key, value in lines.items()})
         accelerator.wait_for_everyone()
     return stage.directory

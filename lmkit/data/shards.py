@@ -70,9 +70,8 @@ class Shards:
 
     def first_documents(self, num_tokens: int) -> np.ndarray:
         """Offsets of the whole documents among the first `num_tokens`; of a part of the first one if it is longer."""
-        offsets = np.asarray(self.document_offsets)
-        within = offsets[offsets <= num_tokens]
-        return within if len(within) > 1 else np.array([0, num_tokens])
+        within = self.document_offsets[: np.searchsorted(self.document_offsets, num_tokens, side="right")]
+        return np.array(within) if len(within) > 1 else np.array([0, num_tokens])
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """BadInput when the ids were not made by this tokenizer."""

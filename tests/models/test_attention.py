@@ -1,8 +1,14 @@
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lmkit.models.attention import packed_attention
+from lmkit.data.blocks import Blocks
+from lmkit.errors import BadInput
+from lmkit.models.attention import causal_attention, packed_attention
 from lmkit.models.presets import ModelConfig, transformers_config
 from lmkit.training.losses import CausalLMLoss
 
@@ -82,3 +88,43 @@ def test_the_name_is_put_back_and_never_saved(tmp_path):
         model.save_pretrained(tmp_path)
     assert model.config._attn_implementation == before
     assert "lmkit" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("packing", ["stream", "bos_bestfit"])
+def test_blocks_of_packed_documents_teach_what_each_document_alone_does(packing):
+    """Loss and gradient, on a CPU too, where flex and variable-length attention have no backward."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([5, 3, 9, 2, 6, 7])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(1, 512, offsets[-1]).astype(np.uint16)
+    tokens[offsets[1:] - 1] = 0
+    # A stream begins with the end of text before its first document, and is one block here.
+    stream = np.concatenate([[0], tokens]).astype(np.uint16)
+    shards = SimpleNamespace(tokens=stream if packing == "stream" else tokens, document_offsets=offsets)
+    blocks = Blocks(shards, 32 if packing == "stream" else 12, packing, document_mask=True)
+    alone = [torch.from_numpy(np.concatenate([[0], tokens[a:b]]).astype(np.int64))[None] for a, b in pairwise(offsets)]
+    found = {}
+    for name, batches in {
+        "packed": [blocks.fetch(np.arange(len(blocks)))],
+        "alone": [{"input_ids": t[:, :-1], "labels": t[:, 1:]} for t in alone],
+    }.items():
+        model = make_model()
+        with packed_attention(model):
+            total, count = (sum(parts) for parts in zip(*(CausalLMLoss(model)(**batch) for batch in batches)))
+        total.backward()
+        found[name] = (total.item(), count.item(), model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert found["packed"][1] == found["alone"][1] == 32
+    assert found["packed"][0] == pytest.approx(found["alone"][0], rel=1e-5)
+    torch.testing.assert_close(found["packed"][2], found["alone"][2], rtol=0, atol=1e-4)
+
+
+def test_attention_of_another_kind_is_refused():
+    model = make_model(layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=True)
+    tokens = torch.randint(0, 512, (1, 8))
+    with packed_attention(model):
+        model(input_ids=tokens, use_cache=False)
+        with pytest.raises(BadInput, match=r"a sliding window of 8 tokens, .* lower model.context_length"):
+            model(input_ids=torch.cat([tokens, tokens], 1), use_cache=False)
+    query = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(BadInput, match="asks for softcap, which training on packed rows does not have"):
+        causal_attention(model, query, query, query, None, softcap=50.0)

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 
@@ -85,6 +87,78 @@ def test_the_same_command_is_skipped_and_another_setting_refused(trained, nano, 
     changed = configure(nano, trained.output_dir, train={"max_steps": 4, "warmup_steps": 1, "learning_rate": 0.1})
     with pytest.raises(BadInput, match="learning_rate"):
         pretrain.main(changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed: 0, now 1"),
+        ({"train": {"per_device_train_batch_size": 8}}, "train.per_device_train_batch_size: 4, now 8"),
+        ({"train": {"global_batch_size": 8}}, "train.global_batch_size: None, now 8"),
+        ({"shards": "other"}, "the content of shards"),
+        ({"weights": [1.0]}, "weights"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_by_name(trained, nano, tmp_path, changes, named):
+    if "shards" in changes:
+        for split in ("train", "validation"):
+            folder = shutil.copytree(nano / "shards" / split, tmp_path / split)
+            (folder / "documents.bin").write_bytes((folder / "documents.bin").read_bytes()[::-1])
+        changes = {"shards": str(tmp_path)}
+    train = {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 2}
+    changes = changes | {"train": train | changes.get("train", {})}
+    with pytest.raises(BadInput, match=re.escape(named)):
+        pretrain.main(configure(nano, trained.output_dir, **changes))
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, nano, tmp_path_factory):
+    """Continued by adapters on two corpora of packed documents, with averaged weights."""
+    config = configure(
+        nano,
+        tmp_path_factory.mktemp("adapted") / "run",
+        init_from=str(trained.output_dir / "model"),
+        lora={"r": 4},
+        shards=[str(nano / "shards"), str(nano / "shards")],
+        weights=[3, 1],
+        packing="bos_bestfit",
+        document_mask=True,
+        z_loss=1e-4,
+        train={"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 4, "ema_decay": 0.9},
+    )
+    pretrain.main(config)
+    return config
+
+
+def test_adapters_are_merged_into_a_plain_directory(trained, adapted):
+    before, after, averaged = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (trained.output_dir / "model", adapted.output_dir / "model", adapted.output_dir / "model_ema")
+    )
+    assert not list((adapted.output_dir / "model").glob("adapter*"))
+    for name, weight in after.state_dict().items():
+        is_adapted = name.endswith("_proj.weight")
+        assert torch.equal(weight, before.state_dict()[name]) != is_adapted, name
+        assert torch.equal(weight, averaged.state_dict()[name]) != is_adapted, name
+
+
+def test_averaged_weights_are_scored_and_verified(adapted):
+    verify(adapted.output_dir / "model_ema")
+    metrics = json.loads((adapted.output_dir / "stage.json").read_text())["metrics"]
+    assert metrics["eval/ema_bits_per_byte"] != metrics["eval/bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"r": 4}}, "lora: adapts the model that init_from names"),
+        ({"init_from": "x", "model": {"depth": 4}}, "model.depth: sizes a fresh model"),
+        ({"packing": "tight"}, "packing  Input should be 'stream', 'bos_bestfit' or 'pad'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(nano, tmp_path, changes, message):
+    with pytest.raises(BadInput, match=message):
+        configure(nano, tmp_path, **changes)
 
 
 def test_training_goes_on_from_a_model_directory(trained, nano, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmkit.training import optimizers
 from lmkit.training.optimizers import Muon, build_optimizers, orthogonalize, schedule
 
 
@@ -26,6 +27,16 @@ def test_muon_is_torch_muon():
             assert (a - b).norm() < 0.02 * moved  # the iteration is in bfloat16
         for a, b in zip(ours, theirs):
             b.data.copy_(a.data)
+
+
+def test_matrices_of_a_shape_share_one_iteration(monkeypatch):
+    calls, plain = [], optimizers.orthogonalize
+    monkeypatch.setattr(optimizers, "orthogonalize", lambda stacked: calls.append(stacked.shape) or plain(stacked))
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in [(32, 64), (64, 32), (64, 32), (16, 16), (64, 32)]]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    Muon(parameters, lr=0.1).step()
+    assert calls == [(1, 32, 64), (3, 64, 32), (1, 16, 16)]
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
@@ -79,6 +90,7 @@ def test_adamw_alone_decays_hidden_matrices_only():
     model = Tied()
     (adamw,) = build_optimizers(model, "adamw_torch_fused", learning_rate=1e-3, weight_decay=0.1)
     decayed, kept = adamw.param_groups
+    assert adamw.defaults["fused"]
     assert (names(model, decayed["params"]), decayed["weight_decay"]) == (["hidden.weight"], 0.1)
     assert kept["weight_decay"] == 0.0
 
