@@ -28,7 +28,7 @@ class TrainConfig(Config):
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", gt=0)
     optim: Literal["muon", "adamw_torch_fused"] = setting("muon", "muon: for hidden matrices, and AdamW for the rest")
     ema_decay: float | None = setting(None, "decay of averaged weights; empty: none are kept", gt=0, lt=1)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward: less memory, a third slower")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward: less memory, more time")
     bf16: bool | None = setting(None, "matrix products in bfloat16; empty: where it is faster")
     torch_compile: bool | None = setting(None, "compile the model; empty: on GPUs")
     dataloader_num_workers: int = knob(1, "threads that make batches ready ahead; the data is the same", ge=0)
