@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lmkit.rl.advantages import generalized_advantages, token_rewards
+from lmkit.rl.advantages import generalized_advantages, leave_one_out, token_rewards
 
 
 def brute_force(rewards, values, mask, gamma, lam):
@@ -69,3 +69,28 @@ def test_score_lands_on_the_last_counted_token_of_each_row():
     rewards = token_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.full((4, 3), 0.25), mask)
     expected = [[-0.25, -0.25, 0.75], [1.75, 0, 0], [-0.25, 0, 2.75], [0, 0, 0]]
     assert torch.equal(rewards, torch.tensor(expected))
+
+
+def test_a_row_that_goes_on_is_one_cut_out_of_a_longer_one():
+    """With V of the next state as final value, the first steps see what they would have seen before the cut."""
+    rewards, values = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole, _ = generalized_advantages(rewards, values, torch.ones(3, 6).bool(), gamma=0.9, lam=0.0)
+    cut = rewards[:, :4], values[:, :4], torch.ones(3, 4).bool()
+    found, returns = generalized_advantages(*cut, gamma=0.9, lam=0.0, final_values=values[:, 4])
+    assert torch.allclose(found, whole[:, :4], atol=1e-12)
+    assert torch.allclose(returns, found + values[:, :4], atol=1e-12)
+    ended, _ = generalized_advantages(*cut, gamma=0.9, lam=0.0)
+    assert torch.allclose(found[:, 3] - ended[:, 3], 0.9 * values[:, 4], atol=1e-12)
+
+
+def test_leave_one_out_is_the_definition_and_passes_over_rows_that_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    totals = torch.randn(12, generator=generator)
+    counts = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1]).bool()
+    found = leave_one_out(totals, counts, 4)
+    for row in range(12):
+        others = [i for i in range(row - row % 4, row - row % 4 + 4) if i != row and counts[i]]
+        wanted = totals[row] - totals[others].mean() if counts[row] and others else torch.tensor(0.0)
+        assert found[row].item() == pytest.approx(wanted.item(), abs=1e-6)
+    assert found[11] == 0  # alone in its group
+    assert found[:4].sum().item() == pytest.approx(0, abs=1e-6)

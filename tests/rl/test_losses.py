@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lmkit.rl.losses import log_ratio, policy_loss, value_loss
+from lmkit.rl.losses import importance_weights, log_ratio, policy_loss, value_loss
 
 
 def per_token(ratio, advantage, clip, dual):
@@ -49,3 +49,15 @@ def test_value_loss_and_gradient_in_every_branch():
     losses.sum().backward()
     slopes = [(one(v + 1e-6, o, r) - one(v - 1e-6, o, r)) / 2e-6 for v, o, r in rows]
     assert torch.allclose(values.grad, torch.tensor(slopes, dtype=torch.float64), atol=1e-7)
+
+
+def test_importance_weights_make_an_expectation_that_of_the_policy_until_they_are_capped():
+    generator = torch.Generator().manual_seed(0)
+    policy, sampler = (torch.randn(9, dtype=torch.float64, generator=generator).log_softmax(0) for _ in range(2))
+    worth = torch.randn(9, dtype=torch.float64, generator=generator)
+    weights = importance_weights(policy, sampler, cap=1e9)
+    assert (sampler.exp() * weights * worth).sum().item() == pytest.approx(
+        (policy.exp() * worth).sum().item(), abs=1e-12
+    )
+    assert torch.equal(importance_weights(policy, sampler, cap=1.5), weights.clamp(max=1.5))
+    assert weights.max() > 1.5

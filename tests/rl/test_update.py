@@ -12,7 +12,14 @@ from lmkit.models.heads import ValueHead
 from lmkit.rl.actor_critic import ActorCritic, disable_dropout
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.rollout import unscored
-from lmkit.rl.update import advantages_and_returns, make_optimizer, mini_batches, update
+from lmkit.rl.update import (
+    advantages_and_returns,
+    counted_tokens,
+    make_optimizer,
+    micro_batch_loss,
+    mini_batches,
+    update,
+)
 
 ROWS = 12
 BASE = {"rollout_batch_size": ROWS, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "temperature": 1.0}
@@ -48,7 +55,7 @@ def rollout(model):
     return replace(bare, logprobs=logprobs, values=values, entropies=entropies, ref_logprobs=ref, scores=scores)
 
 
-def run(model, rollout, args, seed=0, advantages=None):
+def run(model, rollout, args, seed=0, advantages=None, ptx=None):
     found = advantages_and_returns(rollout, args, args.kl_coef)
     steps = args.num_ppo_epochs * args.num_mini_batches
     optimizer = make_optimizer(model, args)
@@ -66,8 +73,24 @@ def run(model, rollout, args, seed=0, advantages=None):
         rates=[1.0] * steps,
         accelerator=Accelerator(),
         generator=torch.Generator().manual_seed(seed),
+        ptx=ptx,
     )
     return metrics, len(taken)
+
+
+def flat_gradient(model):
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def gradient(model, rollout, args):
+    """The gradient of one mini-batch of all rows, before any clipping."""
+    own = copy.deepcopy(model)
+    advantages, returns = advantages_and_returns(rollout, args, args.kl_coef)
+    counted = counted_tokens(rollout, args)
+    tables = (advantages, returns, counted)
+    loss, _ = micro_batch_loss(rollout, torch.arange(len(counted)), *tables, own, args, args.kl_coef, "cpu")
+    (loss / counted.sum()).backward()
+    return flat_gradient(own)
 
 
 def parameters(model):
@@ -185,3 +208,129 @@ def test_a_number_that_is_not_finite_stops_before_the_step(model, rollout):
     ):
         run(model, rollout, args, advantages=advantages)
     assert torch.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("target_kl", [None, 1e-9, 1e9])
+def test_an_iteration_ends_before_the_step_that_would_go_on_beyond_target_kl(model, rollout, target_kl):
+    reference = copy.deepcopy(model)
+    metrics, taken = run(model, rollout, config(num_ppo_epochs=3, num_mini_batches=2, target_kl=target_kl))
+    assert taken == metrics["policy/num_updates"] == (1 if target_kl == 1e-9 else 6)
+    if target_kl == 1e-9:  # the one update made is the first that is made without a target
+        assert metrics["policy/approxkl_k3"] > 1.5e-9
+        run(reference, rollout, config(num_ppo_epochs=1, num_mini_batches=2, target_kl=target_kl))
+        assert torch.equal(parameters(reference), parameters(model))
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_masked_rows_teach_nothing_and_weigh_nothing(model, rollout):
+    """The gradient is that of the rollout without the rows that were cut off."""
+    args = config(truncation="mask", missing_eos_penalty=0, per_device_train_batch_size=5)
+    kept = rollout.rows(rollout.stopped.nonzero().squeeze(1))
+    assert 0 < len(kept.scores) < ROWS
+    expected = gradient(model, kept, args)
+    assert torch.allclose(gradient(model, rollout, args), expected, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(gradient(model, rollout, config(missing_eos_penalty=0)), expected, rtol=1e-2)
+    metrics, _ = run(model, rollout, args)
+    assert math.isfinite(metrics["loss/policy_avg"])
+
+
+def test_a_rollout_of_masked_rows_alone_moves_nothing(model, rollout):
+    before = parameters(model)
+    cut = replace(rollout, finish_reasons=["length"] * ROWS)
+    metrics, _ = run(model, cut, config(truncation="mask", missing_eos_penalty=0, num_ppo_epochs=1))
+    assert torch.equal(parameters(model), before)
+    assert metrics["policy/grad_norm"] == 0
+
+
+def test_bootstrapped_rows_have_the_critics_value_in_the_place_of_their_score(rollout):
+    args = config(truncation="bootstrap", missing_eos_penalty=0, lam=1.0)
+    final = torch.arange(float(ROWS)) * ~rollout.stopped
+    _, returns = advantages_and_returns(replace(rollout, final_values=final), args, 0.3)
+    k1 = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
+    expected = torch.where(rollout.stopped, rollout.scores, final) - 0.3 * k1
+    assert torch.allclose(returns[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_in_the_loss_adds_its_gradient_and_leaves_the_rewards_alone(model, rollout, estimator):
+    args = config(kl_placement="loss", kl_estimator=estimator, kl_coef=0.4)
+    plain = config(kl_coef=0.0)
+    for found, wanted in zip(advantages_and_returns(rollout, args, 0.4), advantages_and_returns(rollout, plain, 0.0)):
+        assert torch.equal(found, wanted)
+    own = copy.deepcopy(model)
+    logprobs, _, _ = own(*rollout.model_inputs(), 1.0, False)
+    difference = logprobs - rollout.ref_logprobs[rollout.mask]
+    kl = difference**2 / 2 if estimator == "k2" else (-difference).exp() - 1 + difference
+    (0.4 * kl.mean()).backward()
+    added = gradient(model, rollout, args) - gradient(model, rollout, plain)
+    assert torch.allclose(added, flat_gradient(own), rtol=1e-3, atol=1e-6)
+
+
+def test_rloo_has_the_gradient_of_reinforce_with_the_others_as_baseline(policy, rollout):
+    """At ratio 1: minus the sum over rows of advantage x gradient of the completion's log-probability, over tokens."""
+    model = ActorCritic(policy)
+    disable_dropout(model)
+    args = config(advantage_estimator="rloo", num_generations=3, kl_coef=0.2)
+    totals = rollout.scores - 1.0 * ~rollout.stopped
+    totals = totals - 0.2 * ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
+    own = copy.deepcopy(model)
+    logprobs = rollout.per_token(own(*rollout.model_inputs(), 1.0, False)[0]).sum(1)
+    advantages = torch.cat([3 / 2 * (group - group.mean()) for group in totals.split(3)])
+    (-(advantages * logprobs).sum() / rollout.mask.sum()).backward()
+    assert torch.allclose(gradient(model, rollout, args), flat_gradient(own), rtol=1e-3, atol=1e-6)
+    metrics, _ = run(model, rollout, args)
+    assert not {"critic_lr", "loss/value_avg", "val/grad_norm"} & metrics.keys()
+
+
+def test_the_samplers_tokens_are_weighed_by_how_likely_they_are_to_the_policy(model, rollout):
+    sampled = replace(rollout, sampled_logprobs=(rollout.logprobs - math.log(2)) * rollout.mask)
+    expected = gradient(model, sampled, config(vf_coef=0.0))
+    for cap, weight in ((5.0, 2.0), (1.5, 1.5)):
+        found = gradient(model, sampled, config(vf_coef=0.0, importance_sampling_cap=cap))
+        assert torch.allclose(found, weight * expected, rtol=1e-4, atol=1e-7)
+
+
+def test_text_that_is_mixed_in_adds_the_gradient_of_its_cross_entropy(model, rollout, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    input_ids, labels = torch.randint(4, 64, (2, 5, 7), generator=generator)
+    labels = labels.masked_fill(torch.arange(7) < 2, -100)
+    args = config(ptx_coef=0.7, num_ppo_epochs=1, max_grad_norm=1e9, per_device_train_batch_size=2)
+    own, seen = copy.deepcopy(model), []
+    loss = torch.nn.functional.cross_entropy(own.policy(input_ids).logits.flatten(0, 1), labels.flatten())
+    (0.7 * loss).backward()
+    expected = flat_gradient(own) + gradient(model, rollout, args)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self: seen.append(flat_gradient(model)))
+    metrics, _ = run(model, rollout, args, ptx=lambda step: {"input_ids": input_ids, "labels": labels})
+    assert torch.allclose(seen[0], expected, rtol=1e-3, atol=1e-6)
+    assert metrics["loss/ptx"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_on_recorded_rollouts_the_loss_is_that_of_trls_formulas(model, rollout):
+    """Rows that end at max_new_tokens, where the two place the score alike; TRL divides by n - 1 when it whitens."""
+    full = rollout.rows((rollout.completion_lengths == 10).nonzero().squeeze(1).repeat(3))
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randn(full.logprobs.shape, generator=generator) / 3 for _ in range(2)]
+    full = replace(full, logprobs=full.logprobs + noise[0], values=full.values + noise[1])
+    args = config(missing_eos_penalty=0, kl_coef=0.3, gamma=0.97)
+    with torch.no_grad():
+        new, vpred = (full.per_token(found) for found in model(*full.model_inputs(), 1.0, False)[:2])
+    rewards = -0.3 * (full.logprobs - full.ref_logprobs)
+    rewards[:, -1] += full.scores
+    last, found = 0, []
+    for t in reversed(range(10)):
+        next_values = full.values[:, t + 1] if t < 9 else 0.0
+        last = rewards[:, t] + 0.97 * next_values - full.values[:, t] + 0.97 * 0.95 * last
+        found.append(last)
+    advantages = torch.stack(found[::-1], 1)
+    returns = advantages + full.values
+    advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var() + 1e-8)
+    ratio = (new - full.logprobs).exp()
+    pg_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+    clipped = vpred.clamp(full.values - 0.2, full.values + 0.2)
+    vf_loss = 0.5 * torch.max((vpred - returns) ** 2, (clipped - returns) ** 2).mean()
+    ours, own_returns = advantages_and_returns(full, args, 0.3)
+    n = ours.numel()
+    tables = (ours * math.sqrt((n - 1) / n), own_returns, full.mask)
+    loss, _ = micro_batch_loss(full, torch.arange(len(ours)), *tables, model, args, 0.3, "cpu")
+    assert torch.allclose(own_returns, returns, atol=1e-6)
+    assert (loss / n).item() == pytest.approx((pg_loss + args.vf_coef * vf_loss).item(), abs=1e-6)

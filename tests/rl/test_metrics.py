@@ -1,0 +1,86 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lmkit.generation.sampler import Completions
+from lmkit.rl.config import PPOConfig
+from lmkit.rl.metrics import EVALUATED, evaluation_metrics, explained_variance, guard, repeated_ngrams, warnings
+from lmkit.rl.rollout import unscored
+
+HEALTHY = {
+    "val/first_ratio_error": 1e-6,
+    "objective/kl": 3.0,
+    "objective/kl_k3": 3.0,
+    "objective/scores": 1.0,
+    "objective/scores_std": 0.5,
+    "val/ratio_max": 2.0,
+    "policy/clipfrac_avg": 0.05,
+    "policy/entropy_avg": 1.0,
+    "rollout/unique_frac": 1.0,
+    "rollout/truncated_rate": 0.1,
+    "rollout/eos_rate": 0.9,
+    "val/explained_var": 0.5,
+}
+
+
+def test_a_healthy_run_is_not_warned_of_also_without_a_critic():
+    assert warnings(HEALTHY, Accelerator()) == {}
+    assert warnings({k: v for k, v in HEALTHY.items() if k != "val/explained_var"}, Accelerator()) == {}
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind", "cause"),
+    [
+        ({"val/first_ratio_error": 0.01}, "ratio", "old log-probabilities and the training forward disagree"),
+        ({"objective/kl": -2.0}, "kl", "completions are not drawn from the policy"),
+        ({"val/ratio_max": 30.0}, "step", "moved 30-fold in one iteration: lower learning_rate"),
+        ({"policy/clipfrac_avg": 0.7}, "clip", "70% of the tokens have ratios outside the clip"),
+        ({"objective/scores_std": 0.0}, "reward", "nothing to learn from this reward"),
+        ({"rollout/unique_frac": 0.2}, "same", "the policy has collapsed; raise kl_coef"),
+        ({"val/explained_var": -3.0}, "critic", "raise vf_coef or value_learning_rate"),
+        ({"rollout/truncated_rate": 0.8}, "truncated", "80% of the completions never stop: raise max_new_tokens"),
+    ],
+)
+def test_each_thing_that_looks_broken_has_its_likely_cause(broken, kind, cause):
+    found = warnings(HEALTHY | broken, Accelerator())
+    assert [*found] == [kind]
+    assert cause in found[kind]
+
+
+@pytest.mark.parametrize("name", ["objective/kl", "rollout/eos_rate", "policy/entropy_avg"])
+def test_a_guard_holds_at_its_limit_and_breaks_on_nan(name):
+    limits = PPOConfig(guard_max_kl=3.0, guard_min_eos_rate=0.9, guard_min_entropy=1.0)
+    assert guard(HEALTHY, limits) is None
+    assert "guard_m" in guard(HEALTHY | {name: float("nan")}, limits)
+    assert guard(HEALTHY | {name: float("nan")}, PPOConfig()) is None
+
+
+def test_wins_are_counted_row_by_row_and_a_tie_is_half():
+    found = evaluation_metrics(dict.fromkeys(EVALUATED.values(), 1.0), [1.0, 2.0, 0.0, 5.0], [0.0, 2.0, 1.0, 4.0])
+    assert found["eval/win_rate_vs_ref"] == 2.5 / 4
+    assert found["eval/score_gain"] == 1 / 4
+
+
+def test_explained_variance_is_1_for_the_returns_themselves_0_for_a_constant_and_never_an_error():
+    lengths = torch.tensor([3, 2])
+    tokens = Completions(torch.ones(2, 3).long(), lengths, torch.zeros(2, 3), ["stop", "stop"])
+    rollout = unscored([[4], [5]], tokens)
+    returns = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 99.0]])
+    values = torch.where(rollout.mask, returns, 0.0)
+    accelerator = Accelerator()
+
+    def found(table, mask=rollout.mask):
+        return explained_variance(replace(rollout, values=table), returns, mask, accelerator)["val/explained_var"]
+
+    assert found(values) == pytest.approx(1)
+    assert found(values + 7) == pytest.approx(1)  # a constant error is no lack of explanation
+    assert found(torch.full((2, 3), 2.0)) == pytest.approx(0)
+    assert found(-values) == pytest.approx(-3)
+    assert found(values, torch.zeros(2, 3).bool()) == 0
+
+
+def test_repeated_ngrams_of_a_loop_and_of_a_short_row():
+    assert repeated_ngrams((1, 2, 3, 4) * 3) == pytest.approx(5 / 9)
+    assert repeated_ngrams((1, 2)) == 0.0
