@@ -145,7 +145,7 @@ def test_every_kill_point_of_sealing(tmp_path, tally):
 
 def test_a_pretraining_killed_at_every_kind_of_event(harness, tally, everything):
     """T1b the same inside a stage: its record, its checkpoints, its artifact"""
-    numbers = [*range(1, 400, 9)] if everything else [60]
+    numbers = [*range(1, 400, 23)] if everything else [60]
     for number in numbers:
         directory = harness.fresh("pretrain")
         child = harness.start("pretrain", directory, hook=KillAt(number))
