@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -323,11 +324,11 @@ def test_a_launcher_that_asked_for_sharding_on_a_cpu_is_refused(monkeypatch):
         loop.make_accelerator(False, 64)
 
 
-def launch(directory, changes):
-    """Trains in two processes, by this file as a script; the final parameters."""
+def launch(directory, changes, stop_after=None):
+    """Trains in two processes, by this file as a script; the last checkpoint's parameters and state."""
     command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    script = [*command, __file__, str(directory), json.dumps(changes)]
+    script = [*command, __file__, str(directory), json.dumps(changes), json.dumps(stop_after)]
     script[0] = str(Path(sys.executable).parent / "accelerate")
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -346,8 +347,19 @@ def test_two_processes_are_one(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    changes = {"optim": "adamw_torch_fused", "global_batch_size": 8, "per_device_train_batch_size": 4}
+    whole = train(tmp_path / "whole", **changes)
+    launch(tmp_path / "fewer", changes, stop_after=4)
+    assert same(whole, train(tmp_path / "fewer", **changes), 1e-6)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "more", stop_after=7, **changes)
+    assert same(whole, launch(tmp_path / "more", changes)[0], 1e-6)
+
+
 if __name__ == "__main__":
-    with OneStage(Path(sys.argv[1])) as stage:
+    with contextlib.suppress(Interrupted), OneStage(Path(sys.argv[1]), json.loads(sys.argv[3])) as stage:
         accelerator = loop.make_accelerator(False, 16)
         assert accelerator.num_processes == 2
         config = BASE.model_copy(update=json.loads(sys.argv[2]))
