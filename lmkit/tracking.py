@@ -21,6 +21,7 @@ from typing import Any
 from lmkit.errors import BadInput
 
 LINE_SECONDS = 10.0  # between two plain lines when there is no terminal to draw a bar on
+SHORT_UNITS = {"tokens": "tok", "images": "img"}
 NUM_SHOWN = 4  # metrics on the progress line: the first of what is logged
 
 
@@ -33,6 +34,7 @@ class Tracker:
         those steps are about to be taken again; 0 empties them.
     accelerator: asked which process is the main one; without it, the RANK of the launcher is.
     report_to: names of Accelerate trackers, such as "tensorboard". TensorBoard writes to directory/tensorboard.
+    unit: what `log` is told the number of: tokens, or images.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Tracker:
         accelerator: Any = None,
         report_to: Iterable[str] = (),
         description: str = "",
+        unit: str = "tokens",
     ):
-        self.directory = Path(directory)
+        self.directory, self.unit = Path(directory), unit
         self.total_steps, self.start_step, self.last_step = total_steps, start_step, start_step
         self.description = description or self.directory.name
         self.report_to = list(report_to)
@@ -74,10 +77,10 @@ class Tracker:
             tracker.finish()
 
     def log(self, step: int, metrics: Mapping[str, Any], tokens: int | None = None) -> None:
-        """Appends one row {"step", "seconds", **metrics, "tokens_per_second"} to metrics.jsonl and moves the bar.
+        """Appends one row {"step", "seconds", **metrics, UNIT_per_second} to metrics.jsonl and moves the bar.
 
         metrics: numbers, 0-dimensional tensors or text; the first four are shown on the progress line.
-        tokens: processed by all processes since the last call; without it the row has no tokens_per_second.
+        tokens: units processed by all processes since the last call; without it the row has no UNIT_per_second.
         """
         if not self.is_main:
             return
@@ -85,7 +88,7 @@ class Tracker:
         row: dict[str, Any] = {"step": step, "seconds": round(self.seconds_before + now - self.opened, 3)}
         row |= {name: plain(value) for name, value in metrics.items()}
         if tokens is not None:
-            row["tokens_per_second"] = tokens / max(now - self.last_log, 1e-9)
+            row[f"{self.unit}_per_second"] = tokens / max(now - self.last_log, 1e-9)
         self.last_log, self.last_step = now, step
         append(self.directory / "metrics.jsonl", [row])
         for tracker in self.trackers:
@@ -100,8 +103,8 @@ class Tracker:
 
     def _show(self, row: dict[str, Any], names: list[str], now: float) -> None:
         facts = [f"{name.rsplit('/', 1)[-1]} {short(row[name])}" for name in names]
-        if "tokens_per_second" in row:
-            facts.insert(0, f"{short(row['tokens_per_second'])} tok/s")
+        if (rate := row.get(f"{self.unit}_per_second")) is not None:
+            facts.insert(0, f"{short(rate)} {SHORT_UNITS[self.unit]}/s")
         if self.bar:
             # The facts give way on a narrow terminal: bar, count and ETA keep their places.
             room = self.bar.console.width - len(self.description) - 2 * len(str(self.total_steps)) - 40

@@ -134,12 +134,15 @@ def test_rl_reaches_neither_gold_nor_evaluation():
 
 
 def test_nothing_is_pickled():
-    assert unsafe_calls(ROOT) == []
+    """But CIFAR comes as pickles, which one module reads with an unpickler that knows arrays alone."""
+    assert [call for call in unsafe_calls(ROOT) if not call.startswith("lmkit/vision/cifar.py:")] == []
+    assert [call.split(" ", 1)[1] for call in unsafe_calls(ROOT) if "cifar" in call] == ["import pickle"]
 
 
 def test_light_modules_and_recipes_import_nothing_heavy():
     """A wrong flag must be answered in a second, so torch and its family are imported inside functions there."""
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    recipes += sorted(f"vision.{path.stem}" for path in (ROOT / "recipes" / "vision").glob("*.py"))
     script = (
         "import importlib, sys\n"
         f"for name in {[*LIGHT, *recipes]}:\n"

@@ -106,6 +106,11 @@ def load_optimizers(
         state = {name: saved[name] for group in groups for name in group["params"] if name in saved}
         whole = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(model, [optimizer], optim_state_dict=whole, options=_FULL)
+        for parameter, entries in optimizer.state.items():
+            for entry, value in entries.items():
+                # Fused kernels walk parameter and moment by one order of memory, such as channels last.
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    entries[entry] = torch.empty_like(parameter).copy_(value)
 
 
 def random_tensors() -> dict[str, Tensor]:
