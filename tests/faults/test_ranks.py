@@ -87,10 +87,12 @@ def test_a_number_that_is_not_finite_in_one_process(harness, tally, everything, 
     directory = harness.fresh(stage)
     children = ranks(harness, stage, directory, *FLAGS[stage], hooks=(None, Poison(what, float("nan"), 3)))
     codes = wait(children)
-    assert tally.count(codes == [4, 4]), f"{codes}: {children[0].log.read_text()[-2000:]}"
-    assert json.loads((directory / "exit.json").read_text())["code"] == 4
+    # A loss is summed over the processes; a gradient is spoilt here after it was, so the first only misses the second.
+    wanted = [4, 4] if what == "loss" else [75, 4]
+    assert tally.count(codes == wanted), f"{codes}: {children[0].log.read_text()[-2000:]}"
+    assert json.loads((directory / "exit.json").read_text())["code"] == wanted[0]
     assert all(finite(folder) for folder in visible(directory))
-    tally.figure = "exit 4 in both"
+    tally.figure = f"exit {codes[0]} and {codes[1]}"
 
 
 def launch(harness, directory, *options, stage="sft", **environment):
