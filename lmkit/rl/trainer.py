@@ -10,14 +10,12 @@ checkpoint needs no generator's state, and a resumed run takes the same bits as 
 """
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
@@ -25,7 +23,6 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmkit.data.order import shuffled
 from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.generation.complete import completion_texts
 from lmkit.generation.sampler import Completions, sample
@@ -44,6 +41,7 @@ from lmkit.rl.metrics import (
     sample_table,
     warnings,
 )
+from lmkit.rl.plan import Plan
 from lmkit.rl.prompts import Prompts, encode_prompts
 from lmkit.rl.ptx import Demonstrations, Text
 from lmkit.rl.rewards import RunningNorm
@@ -56,7 +54,6 @@ from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint
 from lmkit.training.loop import make_accelerator
-from lmkit.training.optimizers import schedule
 
 # What a checkpoint holds besides tensors.
 STATE = ("iteration", "kl_coef", "metrics", "samples", "ref_scores")
@@ -112,9 +109,12 @@ class PPOTrainer:
             missing = "train_dataset" if processing_class is not None else "processing_class"
             raise BadInput(f"PPOTrainer needs a {missing}; pass {missing}=... .")
         self.args = args = args or PPOConfig()
-        self.tokenizer, self.seed, self.output_dir = processing_class, seed, Path(output_dir)
+        self.tokenizer, self.output_dir = processing_class, Path(output_dir)
         self.evaluation, self.report_to = evaluation, report_to
-        self.accelerator = make_accelerator(args.bf16, model.config.get_text_config().hidden_size)
+        # On a CPU the thin matrices of adapters take ten times as long in bfloat16 as whole ones.
+        thin = peft_config is not None and args.bf16 is None and not torch.cuda.is_available()
+        self.accelerator = make_accelerator(False if thin else args.bf16, model.config.get_text_config().hidden_size)
+        self.plan = Plan(args, seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.stop_requested, self.say = stop_requested, say if self.accelerator.is_main_process else lambda text: None
         self._check_shares()
         models = {"ref_model": ref_model, "value_model": value_model, "peft_config": peft_config}
@@ -190,7 +190,7 @@ class PPOTrainer:
     def _iterate(self) -> tuple[dict[str, float], int]:
         """One iteration: rollout, advantages, updates. Returns its metrics and the number of tokens drawn."""
         args, accelerator, started = self.args, self.accelerator, time.perf_counter()
-        index = self._rows_of_iteration()
+        index = self.plan.rows(self.iteration, len(self.train_prompts.ids))
         try:
             rollout, seconds = self.collect(self.train_prompts, index, "sampling")
         except BadInput as error:  # of the reward; other processes may not have met it, so no collective here
@@ -206,7 +206,6 @@ class PPOTrainer:
         rollout = replace(rollout, scores=self.score_norm(rollout.scores, all_reduce))
         advantages, returns = advantages_and_returns(rollout, args, self.kl_coef, all_reduce)
         before_updates = time.perf_counter()
-        steps = args.num_ppo_epochs * args.num_mini_batches
         try:
             learnt = update(
                 rollout,
@@ -216,10 +215,10 @@ class PPOTrainer:
                 optimizer=self.optimizer,
                 config=args,
                 kl_coef=self.kl_coef,
-                rates=[self._rate(self.iteration * steps + step) for step in range(steps)],
+                rates=self.plan.rates(self.iteration),
                 accelerator=accelerator,
-                generator=self._generator("shuffle"),
-                ptx=self._ptx_batch if self.ptx is not None else None,
+                generator=self.plan.generator("shuffle", self.iteration),
+                ptx=None if self.ptx is None else self._text,
             )
         except Stopped as error:
             raise Stopped(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from None
@@ -239,6 +238,9 @@ class PPOTrainer:
         metrics["perf/episodes_per_second"] = args.rollout_batch_size / (time.perf_counter() - started)
         metrics["episode"] = self.iteration * args.rollout_batch_size
         return metrics, num_tokens
+
+    def _text(self, step: int) -> Mapping[str, Tensor]:
+        return self.ptx.fetch(self.plan.text(self.iteration, step, len(self.ptx)))
 
     def collect(self, prompts: Prompts, index: Sequence[int], purpose: str) -> tuple[Rollout, dict[str, float]]:
         """A scored rollout of this process's rows, and the seconds its parts took; `purpose` seeds the sampling."""
@@ -277,7 +279,7 @@ class PPOTrainer:
                 stop_strings=self.args.stop_strings,
                 tokenizer=self.tokenizer,
                 temperature=self.args.temperature,
-                generator=self._generator(purpose),
+                generator=self.plan.generator(purpose, self.iteration),
                 batch_size=self.args.generation_batch_size,
             )
 
@@ -346,37 +348,6 @@ class PPOTrainer:
     def _write(self, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    def _rows_of_iteration(self) -> list[int]:
-        """This process's share of the iteration's rows, each as often as it gets completions.
-
-        They are the next rows of an endless shuffled pass over train_dataset.
-        """
-        group = self.args.completions_per_prompt
-        share = self.args.rollout_batch_size // group // self.accelerator.num_processes
-        first = self.iteration * self.args.rollout_batch_size // group + self.accelerator.process_index * share
-        rows = shuffled(np.arange(first, first + share), len(self.train_prompts.ids), self.seed)
-        return rows.repeat(group).tolist()
-
-    def _ptx_batch(self, step: int) -> Mapping[str, Tensor]:
-        """The next rows of a shuffled pass over ptx_dataset, as many as a mini-batch has completions."""
-        args, accelerator = self.args, self.accelerator
-        update_number = self.iteration * args.num_ppo_epochs * args.num_mini_batches + step
-        share = max(1, args.rollout_batch_size // args.num_mini_batches // accelerator.num_processes)
-        first = (update_number * accelerator.num_processes + accelerator.process_index) * share
-        return self.ptx.fetch(shuffled(np.arange(first, first + share), len(self.ptx), self.seed))
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        """A generator for one purpose in one iteration and process; evaluation draws the same in all iterations."""
-        iteration = 0 if purpose == "evaluation" else self.iteration
-        key = f"{self.seed}/{purpose}/{iteration}/{self.accelerator.process_index}"
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
-
-    def _rate(self, step: int) -> float:
-        args = self.args
-        max_steps = args.num_iterations * args.num_ppo_epochs * args.num_mini_batches
-        kind = "wsd" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-        return schedule(kind, step, warmup_steps=args.warmup_steps, max_steps=max_steps, decay_fraction=0.0)
 
     def _any(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
