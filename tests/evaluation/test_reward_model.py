@@ -12,8 +12,8 @@ ROWS = Dataset.from_dict(
         "prompt": ["a", "b", "c", "d"],
         "chosen": ["1", "2", "3", "4"],
         "rejected": ["5", "6", "7", "8"],
-        "score_chosen": [2.0, 0.0, 1.0, 0.0],
-        "score_rejected": [1.0, 1.0, 0.0, 3.0],
+        "score_chosen": [2.0, 9.0, 1.0, 0.0],
+        "score_rejected": [1.0, 8.0, 0.0, 3.0],
     }
 )
 PAIRS = Dataset.from_dict(
