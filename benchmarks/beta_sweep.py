@@ -48,6 +48,7 @@ def train(args: argparse.Namespace, name: str, reward: str, flags: dict[str, obj
     common = {f"train.guard_{guard}": "null" for guard in ("max_kl", "min_eos_rate", "min_entropy")}
     common |= {"train.total_episodes": 64 * args.iterations, "train.eval_steps": args.eval_steps, "seed": args.seed}
     common |= {"train.learning_rate": args.learning_rate, "train.lr_scheduler_type": "constant"}
+    common["num_eval_prompts"] = 128
     folder = args.output / name
     recipe("ppo", model=args.run / "sft/model", reward=reward, output_dir=folder, **common, **flags)
     return folder
