@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.data.shards import Shards
@@ -14,6 +16,7 @@ from lmkit.generation.sampler import sample
 from lmkit.tokenization.chat import stop_token_ids
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
+RARE = 0.01  # share of the text below which a token is told by its document rather than by the language
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,32 @@ class HeldOut:
         return cls(shards.tokens[: offsets[-1]], offsets, tokenizer, context_length)
 
     def scores(self, model: PreTrainedModel) -> dict[str, float]:
-        """Bits per byte and nats per token: windows of `context_length` tokens, each scoring its second half."""
+        """Bits per byte, nats per token and perplexity, in windows of `context_length` tokens of which each scores its
+        second half, and what `copying` finds."""
         found = self._score(model, self.context_length // 2)
-        return {f"eval/{name}": found[name] for name in ("bits_per_byte", "nats_per_token", "perplexity")}
+        scores = {f"eval/{name}": found[name] for name in ("bits_per_byte", "nats_per_token", "perplexity")}
+        return scores | self.copying(model)
+
+    @torch.no_grad()
+    def copying(self, model: PreTrainedModel, num_documents: int = 64) -> dict[str, float]:
+        """Nats per token of rare tokens (each below 1 % of the text) where their document has them for the first time,
+        and where it had them before: a model that can copy finds the second cheap.
+
+        Of the first documents, the first window of each; nothing for a group without a token.
+        """
+        rare = np.bincount(self.tokens) / len(self.tokens) < RARE
+        losses: dict[str, list[np.ndarray]] = {"first": [], "repeated": []}
+        for start, end in itertools.pairwise(self.document_offsets[: num_documents + 1].tolist()):
+            document = np.asarray(self.tokens[start : min(end, start + self.context_length)], dtype=np.int64)
+            row = torch.tensor([self.tokenizer.eos_token_id, *document.tolist()], device=model.device)
+            logits = model(input_ids=row[None, :-1], use_cache=False).logits[0].float()
+            nats = F.cross_entropy(logits, row[1:], reduction="none").cpu().numpy()
+            first = np.zeros(len(document), dtype=bool)
+            first[np.unique(document, return_index=True)[1]] = True
+            losses["first"].append(nats[first & rare[document]])
+            losses["repeated"].append(nats[~first & rare[document]])
+        found = {name: np.concatenate(parts) for name, parts in losses.items()}
+        return {f"eval/rare_{name}_nats_per_token": part.mean().item() for name, part in found.items() if len(part)}
 
     def unstrided_scores(self, model: PreTrainedModel) -> dict[str, float | int]:
         """The same in windows that do not overlap, and what both were read with: context and stride, in tokens."""

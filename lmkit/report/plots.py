@@ -96,6 +96,12 @@ def pretrain_bits_per_byte(run: Run) -> Figure | None:
     return figure
 
 
+def pretrain_copying(run: Run) -> Figure | None:
+    lines = ("first", "first time in its document", ORANGE), ("repeated", "seen before in it", BLUE)
+    named = ((f"eval/rare_{name}_nats_per_token", label, colour) for name, label, colour in lines)
+    return _curves(run.rows("pretrain"), "step", "loss of rare tokens (nats)", *named)
+
+
 def sft_loss(run: Run) -> Figure | None:
     lines = ("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)
     return _curves(run.rows("sft"), "step", "loss (nats per completion token)", *lines)
@@ -288,4 +294,5 @@ PLOTS: dict[str, Callable[[Run], Figure | None]] = {
     "sft_loss": sft_loss,
     "pretrain_loss": pretrain_loss,
     "pretrain_bits_per_byte": pretrain_bits_per_byte,
+    "pretrain_copying": pretrain_copying,
 }

@@ -50,6 +50,7 @@ PICTURES = {
     "Language modelling": {
         "pretrain_loss": "Pretraining.",
         "pretrain_bits_per_byte": "Held-out bits per byte; dashed: the best line below that has no weights.",
+        "pretrain_copying": "Held-out tokens rarer than 1 in 100: where the curves part, the model learns to copy.",
         "sft_loss": "Supervised fine-tuning.",
     },
 }

@@ -1,10 +1,14 @@
 """Scores and continuations of a model in training, on documents of a shard."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from lmkit.data.shards import write_shards
+from lmkit.evaluation import held_out
 from lmkit.evaluation.bits_per_byte import bits_per_byte
 from lmkit.evaluation.held_out import HeldOut
 from lmkit.models.attention import packed_attention
@@ -63,3 +67,32 @@ def test_a_continuation_fits_the_smallest_context(held):
     model, text = held
     small = HeldOut(text.tokens, np.array([0, len(text.tokens)]), text.tokenizer, context_length=4)
     assert len(small.continuations(model)) == 2
+
+
+class Parrot(torch.nn.Module):
+    """Puts all its trust in the tokens it has seen, alike; before that, in all tokens alike."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.sizes, self.device = vocab_size, torch.device("cpu")
+
+    def forward(self, input_ids, use_cache):
+        seen = torch.nn.functional.one_hot(input_ids, self.sizes).cumsum(1).clamp(max=1)
+        return SimpleNamespace(logits=20.0 * seen)
+
+
+def test_copying_parts_rare_tokens_seen_before_from_new_ones(held):
+    tokens = np.array([7, 8, 7, 8, 8, 0] + [9] * 1000 + [0])
+    text = HeldOut(tokens, np.array([0, 6, 1007]), held[1].tokenizer, context_length=5)
+    found = text.copying(Parrot(384))
+    # 7 is new behind one seen token, 8 behind two; then each is one of three seen ones. 9 is not rare.
+    first = (20 + math.log(1) + 20 + math.log(2)) / 2
+    assert found["eval/rare_first_nats_per_token"] == pytest.approx(first, abs=1e-3)
+    assert found["eval/rare_repeated_nats_per_token"] == pytest.approx(math.log(3), abs=1e-3)
+
+
+def test_scores_name_both_losses_of_rare_tokens_where_there_are_any(held, monkeypatch):
+    model, text = held
+    assert text.copying(model) == {}  # of a text this short every token is 1 % or more
+    monkeypatch.setattr(held_out, "RARE", 0.5)
+    assert {"eval/rare_first_nats_per_token", "eval/rare_repeated_nats_per_token"} < set(text.scores(model))

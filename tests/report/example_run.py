@@ -77,6 +77,7 @@ def pretrain(draw):
         row = {"step": step, "seconds": step / 5, "loss": loss, "learning_rate": 1e-3, "tokens_per_second": 13_000.0}
         if step % 100 == 0:
             row |= {"eval/nats_per_token": loss + 0.03, "eval/bits_per_byte": (loss + 0.03) / 2.7}
+            row |= {"eval/rare_first_nats_per_token": 2 + loss, "eval/rare_repeated_nats_per_token": 2 * loss}
         rows.append(row)
     lines = {
         "kneser_ney_5": 0.263,

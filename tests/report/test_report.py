@@ -145,7 +145,11 @@ def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
     (run / "plots").mkdir()
     (run / "plots" / "old.png").write_bytes(b"")
     write_report(run)
-    assert sorted(path.stem for path in (run / "plots").iterdir()) == ["pretrain_bits_per_byte", "pretrain_loss"]
+    assert sorted(path.stem for path in (run / "plots").iterdir()) == [
+        "pretrain_bits_per_byte",
+        "pretrain_copying",
+        "pretrain_loss",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- safety
