@@ -40,9 +40,10 @@ def train_rustbpe(
     # The token of the last merge stands for all occurrences of its pair: nothing merged it further.
     twin = tiktoken.Encoding(name="learnt", pat_str=split, mergeable_ranks=ranks, special_tokens={})
     last, seen = next(reversed(ranks)), 0
-    for text in _prepared(read(), split, nfc):
-        if last in text.encode():
-            seen += twin.encode_ordinary(text).count(num_tokens - 1)
+    for document in read():
+        if nfc or last in document.encode():
+            texts = _prepared([document], split, nfc)
+            seen += sum(twin.encode_ordinary(text).count(num_tokens - 1) for text in texts)
         if seen >= min_frequency:
             return [_last_merge(token, ranks) for token, rank in ranks.items() if rank >= 256]
     return None
@@ -61,6 +62,17 @@ def _prepared(documents: Iterable[str], split: str, nfc: bool) -> Iterator[str]:
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
     """The two tokens whose merge made `token`: what its bytes are once every earlier merge is made."""
+    limit = ranks[token]
+    known = [
+        ranks.get(token[:at], limit) < limit and ranks.get(token[at:], limit) < limit for at in range(1, len(token))
+    ]
+    at = known.index(True) + 1 if sum(known) == 1 else _last_seam(token, ranks)
+    left, right = ("".join([BYTE_CHARACTERS[byte] for byte in part]) for part in (token[:at], token[at:]))
+    return left, right
+
+
+def _last_seam(token: bytes, ranks: dict[bytes, int]) -> int:
+    """Where the two parts of `token` meet that are left once every earlier merge is made."""
     limit, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
     following = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]  # of each with the next
     while len(parts) > 2:
@@ -71,5 +83,4 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
         del following[at]
         for left in range(max(at - 1, 0), min(at + 1, len(following))):
             following[left] = ranks.get(parts[left] + parts[left + 1], limit)
-    left, right = ("".join([BYTE_CHARACTERS[byte] for byte in part]) for part in parts)
-    return left, right
+    return len(parts[0])

@@ -161,31 +161,32 @@ def test_a_bad_corpus_is_refused_and_nothing_is_made(content, message, tmp_path,
     assert not (tmp_path / "out" / "shards").exists()
 
 
-STORIES = b"The owl met the fox in the wood.\n\n" * 60 + b"The hen saw the owl."
+STORIES = b"\n\n".join(b"Story %d. The owl met the fox in the wood." % number for number in range(300))
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (b"", "", "holds no text"),
-        (b" \n\n\t\n", "", "holds no text"),
-        (b"good\n\nb\xe9d", "", "corpus.txt:3:2  the byte 0xe9 is not UTF-8"),
-        (STORIES, "--vocab_size 256", "Set it to 384"),
-        (STORIES, "--vocab_size 8192", "allow_smaller_vocab"),
-        (STORIES, "--special_tokens ['']", "special token ''"),
-        (STORIES, "--special_tokens ['\u3000']", "is not of the shape"),
-        (STORIES, "--special_tokens [the]", "special token 'the'"),
-        (STORIES, "--special_tokens ['<|a|>','<|a|>']", "given twice"),
-        (STORIES, "--special_tokens ['<|im_end|>']", "is there already"),
-        (STORIES, "--special_tokens ['<|im']", "special token '<|im'"),
-        (STORIES, "--tokenizer nowhere", "nowhere"),
+        (b"", [], "holds no text"),
+        (b" \n\n\t\n", [], "holds no text"),
+        (b"good\n\nb\xe9d", [], "corpus.txt:3:2  the byte 0xe9 is not UTF-8"),
+        (STORIES, ["--vocab_size", "256"], "Set it to 384"),
+        (STORIES, ["--vocab_size", "8192"], "allow_smaller_vocab"),
+        (STORIES, ["--special_tokens", "['']"], "special token ''"),
+        (STORIES, ["--special_tokens", "[' ']"], "special token ' '"),
+        (STORIES, ["--special_tokens", "[the]"], "special token 'the'"),
+        (STORIES, ["--special_tokens", "['<|a|>','<|a|>']"], "given twice"),
+        (STORIES, ["--special_tokens", "['<|im_end|>']"], "is there already"),
+        (STORIES, ["--special_tokens", "['<|im']"], "special token '<|im'"),
+        (STORIES, ["--tokenizer", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_nothing_is_made(content, flags, message, tmp_path, corpus, monkeypatch, capsys):
     corpus.write_bytes(content)
     output_dir = tmp_path / "out"
-    options = ["--corpus", str(corpus), "--output_dir", str(output_dir), "--num_processes", "1", "--vocab_size", "384"]
-    monkeypatch.setattr("sys.argv", ["tokenizer.py", *options[: 6 if "vocab" in flags else 8], *flags.split()])
+    options = ["--corpus", str(corpus), "--output_dir", str(output_dir), "--num_processes", "1"]
+    size = [] if "--vocab_size" in flags else ["--vocab_size", "384"]
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", *options, *size, *flags])
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as ending:
         run(main, TokenizerConfig, None)
