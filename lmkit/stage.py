@@ -138,14 +138,14 @@ class Stage:
     def finished(self) -> bool:
         """True when this very stage was completed and its artifacts verify; BadInput when it was made otherwise."""
         record, made = read_record(self.directory), made_from(self.directory)
+        changes = []
         if made and made["fingerprint"] != self.fingerprint:
-            inputs = [
-                f"the content of {n} ({self.inputs.get(n, 'no longer given')})" for n in self.changed_inputs(made)
-            ]
-            changes = "; ".join(self.changed_settings(made) + inputs) or "its fingerprint"
+            inputs = {name: self.inputs.get(name, "no longer given") for name in self.changed_inputs(made)}
+            changes = [*self.changed_settings(made), *(f"the content of {n} ({p})" for n, p in inputs.items())]
+        if changes:
             raise BadInput(
-                f"{self.directory} was made with other settings: {changes}. Choose another run name, or redo it with "
-                f"`python recipes/rlhf.py --redo {self.title}` (the old one is moved aside, not deleted)."
+                f"{self.directory} was made with other settings: {'; '.join(changes)}. Choose another run name, or "
+                f"redo it with `python recipes/rlhf.py --redo {self.title}` (the old one is moved aside, not deleted)."
             )
         if record is None:
             return False
@@ -159,8 +159,14 @@ class Stage:
         return True
 
     def changed_settings(self, made: dict) -> list[str]:
-        """What differs between the settings in a record and these, a line each."""
-        old, new = _flat(made["config"]), _flat(json.loads(json.dumps(self._plan["config"], default=str)))
+        """What differs between the settings in a record and these, a line each.
+
+        A setting that the record's version of lmkit did not have, and that has its default now, is no difference.
+        """
+        old, new = made["config"], self._plan["config"]
+        default = semantic(type(self.config)(output_dir=self.directory))
+        old, new, default = (_flat(json.loads(json.dumps(values, default=str))) for values in (old, new, default))
+        new = {key: value for key, value in new.items() if key in old or value != default.get(key)}
         return [f"{k}: {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
 
     def changed_inputs(self, made: dict) -> list[str]:

@@ -76,6 +76,19 @@ def test_other_settings_are_refused_and_the_field_named(config, change, said):
         finish(config.model_copy(update=change))
 
 
+@pytest.mark.parametrize(("steps", "said"), [(3, None), (4, "steps: None, now 4")])
+def test_a_setting_the_record_does_not_know_may_have_its_default_alone(config, steps, said):
+    finish(config.model_copy(update={"steps": steps}))
+    record = read_record(config.output_dir)
+    del record["config"]["steps"], record["id"]
+    (config.output_dir / "stage.json").write_text(json.dumps(record | {"fingerprint": "of an earlier version"}))
+    if said is None:
+        assert finish(config) == "skipped"
+    else:
+        with pytest.raises(BadInput, match=said):
+            finish(config.model_copy(update={"steps": steps}))
+
+
 def test_a_changed_input_is_refused_and_named(config):
     finish(config)
     config.data.write_text("other text")
