@@ -11,7 +11,7 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lmkit.errors import BadInput
+from lmkit.errors import BadInput, Interrupted
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -84,11 +84,12 @@ def run_group(command: list[str]) -> int:
     """Runs a command as a process group of its own, passing SIGTERM and Ctrl-C on to it; its exit code.
 
     A code below 0 is the signal that ended it; the rest of the group is killed then. When this process is killed, the
-    command gets SIGTERM.
+    command gets SIGTERM. Raises Interrupted when there was a signal and the command ended well all the same.
     """
-    process, early = None, []
+    process, early, asked = None, [], []
 
     def forward(number: int, frame: object) -> None:
+        asked.append(number)
         if process is None:
             early.append(number)
             return
@@ -104,4 +105,6 @@ def run_group(command: list[str]) -> int:
         forward(signal.SIGKILL, None)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if asked and code == 0:  # it was through before the signal met it; what comes after it must not start
+        raise Interrupted(f"{signal.Signals(asked[0]).name} received as {command[-1]} ended.")
     return code

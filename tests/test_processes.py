@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmkit.errors import BadInput
+from lmkit.errors import BadInput, Interrupted
 from lmkit.processes import check_launcher, lost_another, require_one, run_group
 
 
@@ -70,6 +70,11 @@ def test_signals_are_passed_on_and_the_old_handlers_are_back():
     )
     assert run_group(python(ready + "time.sleep(30)")) == 75
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_comes_as_the_command_ends_is_not_lost():
+    with pytest.raises(Interrupted, match="SIGTERM received"):
+        run_group(python("import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15)"))
 
 
 def test_a_child_dies_with_its_parent(tmp_path):
