@@ -81,6 +81,22 @@ def test_prompts_that_are_not_tales_have_no_gold_and_a_function_may_be_the_rewar
     assert all("eval/score" in row for row in rows(directory) if row["step"] != 1)
 
 
+def test_adapters_text_to_mix_in_and_no_critic_by_flags(nano, reward_directory, tmp_path, capsys):
+    """The flags of a stranger: LoRA and PPO-ptx on demonstrations; then RLOO, which leaves no value model."""
+    (tmp_path / "text.jsonl").write_text('{"prompt": "Say a number.", "completion": "seven"}\n' * 3)
+    changes = {"lora": {"r": 4}, "ptx": str(tmp_path / "text.jsonl"), "train": {"ptx_coef": 0.1}}
+    directory = main(config(nano, reward_directory, tmp_path / "lora", **changes))
+    saved = AutoModelForCausalLM.from_pretrained(directory / "model")
+    assert not any("lora" in name for name in saved.state_dict())
+    assert all(row["loss/ptx"] > 0 for row in rows(directory)[1:])
+    directory = main(config(nano, reward_directory, tmp_path / "rloo", train={"advantage_estimator": "rloo"}))
+    assert (directory / "model").is_dir()
+    assert not (directory / "value").exists()
+    assert "1 x 2 updates, no critic" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="load_in_4bit is not for PPO"):
+        load(PPOStageConfig, ["--lora.r", "4", "--lora.load_in_4bit", "true"])
+
+
 def test_without_held_out_prompts_samples_come_from_training(nano, reward_directory, tmp_path):
     directory = main(config(nano, reward_directory, tmp_path / "ppo", eval_prompts=None))
     assert not any(key.startswith("eval/") for row in rows(directory) for key in row)
