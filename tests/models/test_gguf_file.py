@@ -176,3 +176,42 @@ def test_the_command(qwen3, tmp_path):
     code, output = lmkit("export", tmp_path, "--gguf", tmp_path / "n.gguf")
     assert (code, "has no model that talks" in output) == (2, True)
     assert lmkit("export", qwen3, "--gguf", tmp_path / "n.gguf", "--dtype", "f8")[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "split"), [("qwen3", "qwen2"), ("llama", "llama3"), ("llama", "gpt2")])
+def test_llama_cpp_reads_equal_ids_and_logprobs(arch, split, tmp_path):
+    reason = "llama.cpp is not installed: pip install xllamacpp, a wheel of it, in an environment of its own"
+    llama_cpp = pytest.importorskip("xllamacpp", reason=reason)
+    folder = save(tmp_path / "model", arch, split=split)
+    write_gguf(folder, tmp_path / "m.gguf")
+    model, tokenizer = load_language_model(folder)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    wanted = logits(model, ids)[0].log_softmax(-1)
+    options = llama_cpp.CommonParams()
+    options.model.path, options.n_ctx, options.n_parallel = str(tmp_path / "m.gguf"), 64, 1
+    options.cpuparams.n_threads = 1
+    options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
+    options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    server = llama_cpp.Server(options)
+
+    def next_token(prompt):
+        """(prompt tokens, id -> log-probability of the most likely next ones)."""
+        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 5, "cache_prompt": False}
+        answers = []
+        server.handle_completions(asked, answers.append)
+        answer = json.loads(answers[-1]) if isinstance(answers[-1], str | bytes) else answers[-1]
+        # There are none for a token that is no text of its own: a special one, or a part of a character.
+        content = (answer["choices"][0]["logprobs"] or {}).get("content")
+        likely = {t["id"]: t["logprob"] for t in content[0]["top_logprobs"]} if content else {}
+        return answer["usage"]["prompt_tokens"], likely
+
+    assert next_token(TEXT) == next_token(ids)
+    assert next_token(TEXT)[0] == len(ids)
+    compared = 0
+    for end in range(1, len(ids) + 1):
+        if likely := next_token(ids[:end])[1]:
+            assert max(likely, key=likely.get) == wanted[end - 1].argmax()
+            assert all(abs(value - wanted[end - 1, i]) < 1e-4 for i, value in likely.items() if value > -12)
+            compared += 1
+    assert compared > 5
