@@ -4,6 +4,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 
 import pytest
 
@@ -27,6 +28,14 @@ def is_local(host: object) -> bool:
         return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the first precision of a process for all that follows; each test chooses its own."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True, scope="session")

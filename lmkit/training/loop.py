@@ -136,6 +136,7 @@ def fit(
                 metrics |= row
                 window.zero_()
             if "evaluate" in due and evaluate is not None:
+                checkpoint.check_finite(dict(prepared.named_parameters()))
                 prepared.eval()
                 scores = dict(evaluate())
                 if ema is not None:

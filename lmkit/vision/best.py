@@ -29,7 +29,9 @@ class Best:
             return
         self.value, self.step = value, step
         tensors = {"model": model.state_dict()}
-        checkpoint.save(self.folder / f"step-{step:06d}", tensors=tensors, state={"value": value, "step": step})
+        # The value in the name: plain and averaged weights are offered at the same step.
+        name = f"step-{step:06d}-{value:.6f}"
+        checkpoint.save(self.folder / name, tensors=tensors, state={"value": value, "step": step})
         rotate(self.folder, keep=1)
 
     def restore(self, model: nn.Module) -> None:

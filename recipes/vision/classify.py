@@ -8,6 +8,7 @@ Writes  output_dir/model (weights, config, preprocess.json), output_dir/results 
     python recipes/vision/classify.py --data photos --init_from runs/cifar/model --mode frozen
 """
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,7 @@ def main(config: ClassifyConfig) -> Path:
     import torch
 
     from lmkit.training import loop
+    from lmkit.training.ema import EMA
     from lmkit.vision.best import Best
     from lmkit.vision.classifier import Classification, classify, new_classifier, with_classes, with_lora
     from lmkit.vision.data import classification_splits
@@ -95,23 +97,23 @@ def main(config: ClassifyConfig) -> Path:
             without_better = (int(task.batches_seen) - best.step) // train.gradient_accumulation_steps
             return bool(config.patience) and without_better >= config.patience * train.eval_steps
 
-        options = {"accelerator": accelerator, "stage": stage, "evaluate": evaluate, "enough": enough, "unit": "images"}
+        ema = EMA(train.ema_decay) if train.ema_decay else None
         fetch = lambda index: {"pixels": pixels[index], "labels": labels[index]}  # noqa: E731
-        metrics = loop.fit(task, fetch, len(pixels), train, **options)
-        if config.patience:
-            best.restore(model)
-        if config.mode == "lora":
-            model = model.merge_and_unload()
-        if accelerator.is_main_process:
-            test_pixels, test_labels = data["test"]
-            logits = classify(model, test_pixels, preprocess)
-            with stage.seal("results") as folder:
-                found, report = write_report(folder, logits, test_pixels, test_labels, classes)
-            stage.say(f"{report}\nclassify: test accuracy {found['accuracy']:.4f} on {len(test_labels):,} images")
-            with stage.seal("model") as folder:
-                model.save_pretrained(folder)
-                preprocess.save(folder)
-            stage.finish(metrics | {f"test/{name}": value for name, value in found.items()})
+        options = {"evaluate": evaluate, "enough": enough, "unit": "images", "ema": ema}
+        metrics = loop.fit(task, fetch, len(pixels), train, accelerator=accelerator, stage=stage, **options)
+        with ema.applied() if ema else contextlib.nullcontext():
+            if config.patience:
+                best.restore(model)
+            model = model.merge_and_unload() if config.mode == "lora" else model
+            if accelerator.is_main_process:
+                logits = classify(model, data["test"][0], preprocess)
+                with stage.seal("results") as folder:
+                    found, report = write_report(folder, logits, *data["test"], classes)
+                stage.say(f"{report}\nclassify: test accuracy {found['accuracy']:.4f} on {len(logits):,} images")
+                with stage.seal("model") as folder:
+                    model.save_pretrained(folder)
+                    preprocess.save(folder)
+                stage.finish(metrics | {f"test/{name}": value for name, value in found.items()})
     return stage.directory
 
 
