@@ -23,7 +23,7 @@ shakespeare: $(VENV)/.installed
 	$(BIN)/python recipes/rlhf.py --config recipes/configs/shakespeare/rlhf.yaml --to pretrain
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --durations=10
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations=10
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow" --timeout=1800 --durations=0

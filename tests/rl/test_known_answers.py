@@ -91,7 +91,7 @@ def train(policy, critic, reward, args, iterations, seed, stops):
             lambda prompts: sample(policy, prompts, **options),
             lambda *inputs: model(*inputs, 1.0, True),
             lambda *inputs: (target_logprobs(reference, *inputs, 1.0),),
-            lambda completions: torch.tensor([reward(c) for c in completions]),
+            lambda completions: lambda: torch.tensor([reward(c) for c in completions]),
             size,
         )
         advantages, returns = advantages_and_returns(rollout, args, args.kl_coef)
