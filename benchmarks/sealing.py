@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from lmkit.artifact import MANIFEST, seal, verify
-from lmkit.stage import CHAIN, read_record, rotate
+from lmkit.rounds import CHAIN
+from lmkit.stage import read_record, rotate
 from lmkit.tracking import read_jsonl
 
 REPEATS = 5

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from lmkit.report.read import pretrain_lines
-from lmkit.stage import CHAIN, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import read_record
 
 ROWS = {
     "gold, base": "gold/base",

@@ -14,7 +14,8 @@ from lmkit.artifact import write_json
 from lmkit.config import StageConfig
 from lmkit.errors import BadInput, Interrupted
 from lmkit.processes import run_group
-from lmkit.stage import Stage, in_round, made_from, recipe_of
+from lmkit.rounds import in_round, recipe_of
+from lmkit.stage import Stage, made_from
 
 RUN = Path("<run>")  # stands for runs/NAME in the sections' defaults, until the name is known
 CHAIN_SEED = -1  # stands for the chain's seed

@@ -17,7 +17,8 @@ import typer
 
 from lmkit.artifact import MANIFEST, verify
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
-from lmkit.stage import CHAIN, in_round, read_record, rounds_of, stages_of
+from lmkit.rounds import CHAIN, in_round, rounds_of, stages_of
+from lmkit.stage import read_record
 from lmkit.status import human_size, next_stage, stage_state
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

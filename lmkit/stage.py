@@ -29,10 +29,9 @@ from lmkit.config import Config, StageConfig, explain, load
 from lmkit.environment import environment, peak_memory_bytes
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
 from lmkit.processes import check_launcher, die_with_parent, is_main, lost_another, num_asked, run_group
+from lmkit.rounds import CHAIN, recipe_of
 from lmkit.tracking import printable
 
-CHAIN = ("tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluation")
-ROUND = ("preferences", "reward", "ppo")  # what each further round of a chain does again
 # Keys of a pass-through `train` mapping that change what is shown or kept, never what is learnt.
 KNOBS = frozenset({"output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name"})
 KNOBS |= {"disable_tqdm", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy"}
@@ -73,40 +72,6 @@ def _is_whole(checkpoint: Path) -> bool:
         checkpoint.rename(checkpoint.with_name(f".corrupt-{checkpoint.name}-{time.time_ns()}"))
         return False
     return True
-
-
-# ----------------------------------------------------------------------------------------------------------- rounds
-
-
-def stages_of(rounds: int) -> list[str]:
-    """The stages of a chain in order; those of round r > 1 have a name of their own.
-
-    >>> stages_of(2)[3:]
-    ['preferences', 'reward', 'ppo', 'preferences-2', 'reward-2', 'ppo-2', 'evaluation']
-    """
-    again = [in_round(name, number) for number in range(2, rounds + 1) for name in ROUND]
-    return [*CHAIN[:-1], *again, CHAIN[-1]]
-
-
-def in_round(recipe: str, number: int) -> str:
-    """The stage of a recipe in a round of a chain, and its folder: `reward`, `reward-2`, `reward-3`, ..."""
-    return recipe if number == 1 else f"{recipe}-{number}"
-
-
-def recipe_of(stage: str) -> tuple[str, int]:
-    """The recipe of a stage and the number of its round.
-
-    >>> recipe_of("reward-2"), recipe_of("sft")
-    (('reward', 2), ('sft', 1))
-    """
-    recipe, _, number = stage.partition("-")
-    return recipe, int(number) if number.isdigit() else 1
-
-
-def rounds_of(run: Path) -> int:
-    """How many rounds a run directory has folders of."""
-    found = [recipe_of(path.name) for path in run.glob("*-*") if path.is_dir()]
-    return max((number for recipe, number in found if recipe in ROUND), default=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ stage

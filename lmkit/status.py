@@ -10,7 +10,8 @@ from typing import Any
 
 from lmkit.artifact import MANIFEST
 from lmkit.errors import CorruptInput, Interrupted
-from lmkit.stage import CHAIN, made_from, read_record, recipe_of
+from lmkit.rounds import CHAIN, recipe_of
+from lmkit.stage import made_from, read_record
 
 FINISHED = "finished"
 

@@ -24,7 +24,8 @@ from lmkit import chain
 from lmkit.artifact import require
 from lmkit.config import Config, StageConfig, knob, setting, to_yaml
 from lmkit.processes import require_one
-from lmkit.stage import Stage, inputs_of, made_from, recipe_of, run, stages_of
+from lmkit.rounds import recipe_of, stages_of
+from lmkit.stage import Stage, inputs_of, made_from, run
 
 
 class RLHFConfig(Config):

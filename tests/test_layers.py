@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports its own layer or a lower one; lowest first.
 LAYERS = [
-    {"chain", "stage", "artifact", "errors", "config", "strict_yaml", "tracking", "masked", "processes", "model_files"}
-    | {"status", "environment"},
+    {"chain", "rounds", "stage", "status", "artifact", "environment", "errors", "config", "strict_yaml", "tracking"}
+    | {"masked", "processes", "model_files"},
     {"tokenization"},
     {"data", "models"},
     {"training", "generation"},

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmkit.stage import read_record, rounds_of, stages_of
+from lmkit.rounds import rounds_of, stages_of
+from lmkit.stage import read_record
 from lmkit.tracking import read_jsonl
 
 

@@ -18,7 +18,7 @@ from lmkit.report.blocks import Answers, Block, Code, Figures, Heading, Table, T
 from lmkit.report.checks import warnings
 from lmkit.report.plots import best_of_kl_key, best_of_sizes, write_plots
 from lmkit.report.read import Run, pretrain_lines, read_run, series
-from lmkit.stage import ROUND, in_round, recipe_of
+from lmkit.rounds import ROUND, in_round, recipe_of
 from lmkit.tracking import duration, printable, short
 
 NUM_PROMPTS = 12

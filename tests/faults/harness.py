@@ -14,7 +14,8 @@ from pathlib import Path
 from lmkit.artifact import verify
 from lmkit.config import StageConfig, load, to_yaml
 from lmkit.errors import CorruptInput
-from lmkit.stage import CHAIN, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import read_record
 from lmkit.tracking import read_jsonl
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import pytest
 
 from lmkit.artifact import MANIFEST, seal, verify
 from lmkit.errors import CorruptInput
-from lmkit.stage import CHAIN, latest_checkpoint, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import latest_checkpoint, read_record
 from tests.faults.harness import SAVES
 
 BIT_FLIPS = 10

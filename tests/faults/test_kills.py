@@ -8,7 +8,8 @@ import time
 import pytest
 
 from lmkit.artifact import seal
-from lmkit.stage import CHAIN, Stage, latest_checkpoint, rotate
+from lmkit.rounds import CHAIN
+from lmkit.stage import Stage, latest_checkpoint, rotate
 from tests.faults.harness import (
     SAVES,
     announce,

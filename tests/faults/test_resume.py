@@ -7,7 +7,8 @@ import pytest
 
 from lmkit.config import Config
 from lmkit.errors import BadInput
-from lmkit.stage import CHAIN, KNOBS, Stage, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import KNOBS, Stage, read_record
 from lmkit.strict_yaml import read_mapping
 from tests.faults.harness import config_class
 from tests.faults.test_damage import StopAfter

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from lmkit.stage import CHAIN, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import read_record
 from tests.faults.harness import ROOT, SAVES, broken, newest_step
 
 LIMIT_SECONDS = 10

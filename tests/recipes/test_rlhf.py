@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from lmkit.config import load, to_yaml, validate
 from lmkit.errors import BadInput
-from lmkit.stage import CHAIN, read_record
+from lmkit.rounds import CHAIN
+from lmkit.stage import read_record
 from lmkit.strict_yaml import read_mapping
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import math
 import random
 from pathlib import Path
 
-from lmkit.stage import CHAIN
+from lmkit.rounds import CHAIN
 
 MODELS = ("base", "sft", "ppo", "best_of_8")
 GOLD = {"base": 1.2, "sft": 3.29, "best_of_8": 5.08, "ppo": 5.42}
