@@ -81,10 +81,7 @@ def adapter_classifier(lora: PeftModel, directory: Path) -> PreTrainedModel:
             "or a whole reward model."
         )
     config.modules_to_save = config.task_type = None  # the head is ours to place
-    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     lora.add_adapter(REWARD, config)
-    for name, parameter in policy.named_parameters():  # peft has switched them to those of the adapter that acts
-        parameter.requires_grad_(name in trained)
     weights = load_peft_weights(str(directory))
     heads = [weights.pop(name) for name in [*weights] if name.endswith("score.weight")]
     if len(heads) != 1 or heads[0].shape[0] != 1:

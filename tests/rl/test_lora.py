@@ -141,6 +141,8 @@ def reward_adapter(policy, tokenizer, tmp_path):
 def test_a_reward_that_is_an_adapter_of_the_base_needs_no_second_base(make, reward_adapter, tmp_path):
     folder, whole = reward_adapter
     trainer = make(model=str(tmp_path / "base"), reward=folder, critic="separate")
+    learning = {n for n, p in trainer.actor_critic.policy.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-2] for name in learning} == {"policy", "value"}
     assert len(trainer.optimizer.param_groups) == 2
     assert min(len(group["params"]) for group in trainer.optimizer.param_groups) > 1
     num_parameters = sum(p.numel() for p in trainer.actor_critic.policy.parameters() if not p.requires_grad)
