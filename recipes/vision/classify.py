@@ -4,7 +4,6 @@ Reads   --data (label folders, a metadata file, IDX, CIFAR batches, Parquet, npz
 Writes  output_dir/model (weights, config, preprocess.json), output_dir/results (metrics.json, report.txt,
         confusion.png, mistakes.png), metrics.jsonl
 
-    python recipes/vision/classify.py
     python recipes/vision/classify.py --data photos --init_from runs/cifar/model --mode frozen
 """
 
