@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,17 @@ class Example:
 def read_images(source: str | Path, label_pattern: str | None = None) -> dict[str, list[Example]]:
     """The examples of each split that `source` holds; "train" alone when it does not say.
 
-    source: a folder, an .npz or .parquet file, or `builtin:digits`.
+    source: a folder, an .npz or .parquet file, `builtin:digits`, or `builtin:digit_pairs` (`lmkit.vision.scenes`).
     label_pattern: a regular expression with one group, matched in the file name; the group is the label.
 
     Raises BadInput for what is missing or holds no images.
     """
     if str(source) == "builtin:digits":
         return _digits()
+    if str(source) == "builtin:digit_pairs":
+        from lmkit.vision.scenes import digit_pairs
+
+        return digit_pairs(_digits())
     path = Path(source)
     if not path.exists():
         raise BadInput(f"{path} does not exist; wanted a folder of images, an .npz, a .parquet, or builtin:digits.")
@@ -181,9 +185,12 @@ def _digits():
         from sklearn.datasets import load_digits
     except ImportError:
         raise BadInput("builtin:digits needs scikit-learn: pip install 'lmkit[vision]'.") from None
+    from lmkit.vision.scenes import DIGITS
+
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    examples = _arrays("builtin:digits", images, [str(label) for label in digits.target])
+    plain = _arrays("builtin:digits", images, [str(label) for label in digits.target])
+    examples = [replace(example, caption=DIGITS[int(example.label)]) for example in plain]
     rest, held_out = stratified(examples, 0.2, seed=0)
     return {"train": rest, "test": held_out}
 

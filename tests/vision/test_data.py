@@ -12,6 +12,7 @@ from lmkit.errors import BadInput
 from lmkit.vision.data import Example, class_names, classification_splits, read_idx, read_images, stratified
 from lmkit.vision.options import Preprocess
 from lmkit.vision.pixels import load_pixels
+from lmkit.vision.scenes import DIGITS
 
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.integers(0, 256, (6, 5, 5), dtype=np.uint8)
@@ -166,6 +167,29 @@ def test_digits_come_with_the_library():
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 1438, "test": 359}
     assert splits["train"][0].image.shape == (8, 8)
     assert max(e.image.max() for e in splits["train"]) == 255
+    assert {(e.label, e.caption) for e in splits["test"]} >= {("3", "a three"), ("8", "an eight")}
+
+
+def test_pairs_of_digits_hold_ten_of_a_hundred_out_in_both_orders():
+    pytest.importorskip("sklearn", reason="the vision extra is not installed")
+    splits, digits = read_images("builtin:digit_pairs"), read_images("builtin:digits")
+    labels = {split: {e.label for e in examples} for split, examples in splits.items()}
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 14_400, "test": 1000}
+    assert len(labels["test"]) == 100
+    held_out = labels["test"] - labels["train"]
+    assert len(held_out) == 10
+    assert {"a three left of an eight", "an eight left of a three"} <= held_out
+    assert not any(label in example.caption for label in held_out for example in splits["train"])
+    assert not any("three" in e.caption and "eight" in e.caption for e in splits["train"])
+    first, second = splits["train"][:2]
+    assert (first.caption, second.caption) == ("a zero left of a zero", "a zero right of a zero")
+    known = {split: {e.image.tobytes(): e.label for e in examples} for split, examples in digits.items()}
+    for split, examples in splits.items():
+        for example in examples[::97]:  # each half is a digit of its own split, of the label's kind
+            left, right = (known[split][np.ascontiguousarray(half).tobytes()] for half in np.split(example.image, 2, 1))
+            words = [DIGITS[int(left)], DIGITS[int(right)]]
+            assert example.label == " left of ".join(words)
+            assert example.caption in (example.label, " right of ".join(reversed(words)))
 
 
 @pytest.mark.realdata
