@@ -195,7 +195,8 @@ def measure_shards(args):
 
         texts = read_text(args.corpus)
     else:
-        texts = (t for piece in documents(args.corpus, *parts(args)[0]) for t in _short(piece))
+        pieces = (piece for _ in range(args.repeat) for piece in documents(args.corpus, *parts(args)[0]))
+        texts = (t for piece in pieces for t in _short(piece))
     with tempfile.TemporaryDirectory() as folder:
         meter = Meter()
         written = write_shards(texts, tokenizer, Path(folder), num_processes=args.processes)
@@ -295,17 +296,18 @@ def compare_shards(args):
     for n in args.scaling[1:]:
         emit("shards_scaling", median(rows[n]) / median(alone), "x", processes=n)
     child(args, "shards", "files")
-    small = child(args, "shards", "memory", megabytes=SMALL)
-    peaks = [row["config"]["peak_megabytes"] for row in (small[0], alone[0])]
-    emit("shards_memory_growth", peaks[1] - peaks[0], "MB", megabytes=[SMALL, args.megabytes], peaks=peaks)
 
 
 def compare_memory(args):
-    """Training on a text, and on the same ten times over. (Ten times as much new text has more words to count.)"""
-    for impl in ("lmkit", "lmkit_without_rustbpe"):
-        rows = [child(args, "train", impl, save="", megabytes=SMALL, repeat=n)[0] for n in (1, 10)]
+    """A text, and the same ten times over. (Ten times as much new text has more words, and a longer longest line.)"""
+    made = Path(args.save, "tokenizer.json").is_file()
+    for what, impl in [("train", "lmkit"), ("train", "lmkit_without_rustbpe"), *[("shards", "memory")] * made]:
+        rows = [
+            child(args, what, impl, save=args.save if what == "shards" else "", megabytes=SMALL, repeat=n)[0]
+            for n in (1, 10)
+        ]
         peaks = [row["config"]["peak_megabytes"] for row in rows]
-        emit("train_memory_growth", peaks[1] - peaks[0], "MB", impl=impl, megabytes=[SMALL, 10 * SMALL], peaks=peaks)
+        emit(f"{what}_memory_growth", peaks[1] - peaks[0], "MB", impl=impl, megabytes=[SMALL, 10 * SMALL], peaks=peaks)
 
 
 def main(args):

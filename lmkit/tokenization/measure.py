@@ -39,6 +39,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Iterable[str
     """Facts about a tokenizer on named texts (files, splits, languages), each an iterable of documents.
 
     bytes_per_token: name -> UTF-8 bytes per token. vocabulary_used: share of the ids that occur in any of the texts.
+    num_learnt: ids that stand for text, where the others are special or only fill the size up.
     num_documents, num_exact: documents, and how many come back exactly. longest_tokens: the ten longest of all.
     hostile_changed: names of the hostile texts (`HOSTILE`) that do not come back exactly.
     """
@@ -58,6 +59,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Iterable[str
     return {
         "bytes_per_token": bytes_per_token,
         "vocabulary_used": float((counts > 0).mean()),
+        "num_learnt": len(spelled),
         "num_documents": num_documents,
         "num_exact": num_exact,
         "longest_tokens": sorted(spelled, key=len, reverse=True)[:10],

@@ -6,7 +6,6 @@ of their values. What rustbpe does not have is done here: the cap on runs, and t
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -45,7 +44,8 @@ def train_rustbpe(
             texts = _prepared([document], split, nfc)
             seen += sum(twin.encode_ordinary(text).count(num_tokens - 1) for text in texts)
         if seen >= min_frequency:
-            return [_last_merge(token, ranks) for token, rank in ranks.items() if rank >= 256]
+            spelled = {token: "".join([BYTE_CHARACTERS[byte] for byte in token]) for token in ranks}
+            return [(spelled[left], spelled[right]) for left, right in merges_of(ranks)]
     return None
 
 
@@ -60,27 +60,50 @@ def _prepared(documents: Iterable[str], split: str, nfc: bool) -> Iterator[str]:
             yield from (word for word, _ in words.pre_tokenize_str(line)) if has_long_run(line) else [line]
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[str, str]:
-    """The two tokens whose merge made `token`: what its bytes are once every earlier merge is made."""
-    limit = ranks[token]
-    known = [
-        ranks.get(token[:at], limit) < limit and ranks.get(token[at:], limit) < limit for at in range(1, len(token))
-    ]
-    at = known.index(True) + 1 if sum(known) == 1 else _last_seam(token, ranks)
-    left, right = ("".join([BYTE_CHARACTERS[byte] for byte in part]) for part in (token[:at], token[at:]))
-    return left, right
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens whose merge made each token, in the order of the merges.
 
+    ranks: every token's rank, bytes first, ascending. Where a token can be cut into two earlier ones in several ways,
+    it was made by the cut whose two sides stay apart until every earlier merge is done.
 
-def _last_seam(token: bytes, ranks: dict[bytes, int]) -> int:
-    """Where the two parts of `token` meet that are left once every earlier merge is made."""
-    limit, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
-    following = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]  # of each with the next
-    while len(parts) > 2:
-        at = following.index(min(following))
-        if following[at] == limit:
+    >>> merges_of({b"a": 0, b"b": 1, b"ab": 2, b"ba": 3, b"aba": 4})
+    [(b'a', b'b'), (b'b', b'a'), (b'ab', b'a')]
+    """
+    merges, parts, merged = [], {}, {}
+    for token, rank in ranks.items():
+        if len(token) == 1:
+            continue
+        cuts = []
+        for at in range(1, len(token)):
+            left, right = ranks.get(token[:at], rank), ranks.get(token[at:], rank)
+            if left < rank and right < rank:
+                cuts.append((at, left, right))
+        if len(cuts) > 1:
+            cuts = [cut for cut in cuts if _stay_apart(*cut[1:], rank, parts, merged)]
+        if len(cuts) != 1:
             raise ValueError(f"the token {token!r} does not follow from earlier merges")
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        del following[at]
-        for left in range(max(at - 1, 0), min(at + 1, len(following))):
-            following[left] = ranks.get(parts[left] + parts[left + 1], limit)
-    return len(parts[0])
+        ((at, left, right),) = cuts
+        merges.append((token[:at], token[at:]))
+        parts[rank], merged[left, right] = (left, right), rank
+    return merges
+
+
+def _stay_apart(
+    left: int, right: int, bound: int, parts: dict[int, tuple[int, int]], merged: dict[tuple[int, int], int]
+) -> bool:
+    """Whether two neighbouring tokens are left as they are by all merges of a rank below `bound`.
+
+    Their merges are undone, the latest first: a pair that met at the seam must not have been merged before that one.
+    """
+    while True:
+        if merged.get((left, right), bound) < bound:
+            return False
+        if left > right:
+            if left not in parts:
+                return True
+            # Of equal pairs that overlap the left one is merged: at the seam one of this rank would come too late.
+            bound, left = left, parts[left][1]
+        else:
+            if right not in parts:
+                return True
+            bound, right = right + 1, parts[right][0]

@@ -1,6 +1,7 @@
 """The tokenizer stage: artifacts as promised on the embedded and on one's own text, refusals, and running again."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -46,6 +47,7 @@ def test_the_stage_on_the_embedded_corpus(tmp_path, capsys):
     assert shards.meta["num_documents"] == 400
     metrics = read_record(directory)["metrics"]
     assert metrics["num_exact"] == metrics["num_documents"] == 400
+    assert metrics["num_learnt"] == 512 - 20
     assert metrics["train/num_tokens"] == len(shards.tokens)
     output = capsys.readouterr().out
     assert "400 of 400 held-out documents come back exactly" in output
@@ -197,9 +199,11 @@ def test_bad_input_is_exit_code_2_and_nothing_is_made(content, flags, message, t
 
 
 def test_a_vocabulary_the_corpus_cannot_fill_is_refused(tmp_path, corpus):
-    with pytest.raises(BadInput, match="allow_smaller_vocab"):
+    with pytest.raises(BadInput, match="allow_smaller_vocab") as refused:
         main(config(tmp_path, corpus, vocab_size=8192, allow_smaller_vocab=False))
+    reached = int(re.search(r"supports a vocabulary of (\d+), not 8192", str(refused.value))[1])
     assert not (tmp_path / "out" / "tokenizer").exists()
     directory = main(config(tmp_path, corpus, vocab_size=8192, output_dir=tmp_path / "other"))
     meta = json.loads((directory / "shards/train/meta.json").read_text())
     assert meta["vocab_size"] == len(AutoTokenizer.from_pretrained(directory / "tokenizer")) < 8192
+    assert read_record(directory)["metrics"]["num_learnt"] == reached - 20

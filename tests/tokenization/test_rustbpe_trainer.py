@@ -8,7 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 from lmkit.errors import BadInput
 from lmkit.tokenization import rustbpe_trainer, train
 from lmkit.tokenization.byte_level import SPLITS, capped
-from lmkit.tokenization.rustbpe_trainer import train_rustbpe
+from lmkit.tokenization.rustbpe_trainer import merges_of, train_rustbpe
 
 pytest.importorskip("rustbpe")
 
@@ -83,6 +83,34 @@ def test_two_merges_of_one_token_are_left_to_tokenizers(monkeypatch):
 
     monkeypatch.setattr("rustbpe.Tokenizer", Twice)
     assert train_rustbpe(lambda: ["b b b "] * 9, 260, r"[\s\S]+", nfc=False, min_frequency=2) is None
+
+
+@pytest.mark.parametrize("alphabet", [b"a", b"ab", b"abc"])
+def test_merges_found_from_tokens_alone_are_those_made(alphabet):
+    """Random merges of what a text still holds; runs of one letter are where overlapping pairs meet."""
+    draw = random.Random(len(alphabet))
+    for _ in range(40):
+        texts = [[bytes([byte]) for byte in draw.choices(alphabet, k=40)] for _ in range(6)]
+        ranks, made = {bytes([byte]): byte for byte in range(256)}, []
+        while len(made) < 12:
+            pairs = sorted({pair for text in texts for pair in zip(text, text[1:]) if b"".join(pair) not in ranks})
+            if not pairs:
+                break
+            left, right = draw.choice(pairs)
+            made.append((left, right))
+            ranks[left + right] = len(ranks)
+            for text in texts:
+                at = 0
+                while at < len(text) - 1:
+                    if (text[at], text[at + 1]) == (left, right):
+                        text[at : at + 2] = [left + right]
+                    at += 1
+        assert merges_of(ranks) == made
+
+
+def test_tokens_that_no_merges_make_are_refused():
+    with pytest.raises(ValueError, match="b'aab' does not follow"):
+        merges_of({b"a": 0, b"b": 1, b"aab": 2})
 
 
 def test_what_rustbpe_cannot_do_is_refused(documents):
