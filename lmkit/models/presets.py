@@ -1,4 +1,4 @@
-"""Model sizes, as configurations of stock transformers classes.
+"""Model sizes, as configurations of stock transformers classes or of lmkit's own.
 
 preset  parameters*  layers  width  heads x size  for
 nano         0.1 M        2     64        2 x 32  tests
@@ -13,6 +13,7 @@ scripts/base_train.py); `lmkit.training.dial` sets batch, learning rate and leng
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +32,48 @@ PRESETS = {
     "base": dict(zip(_SIZES, (24, 1280, 128, 3456, 2048))),
 }
 _MULTIPLE = 128  # of every dimension that the dial sets: what matrix units like
+# The module of lmkit.models whose `configuration(ModelConfig, shared)` describes an arch that is no stock class.
+OWN = {"transformer": "transformer", "neural_ngram": "neural_ngram"}
+OWN |= dict.fromkeys(("rnn", "lstm", "gru", "elmo"), "recurrent")
+_GATES = {"rnn": 1, "gru": 3, "lstm": 4, "elmo": 8}  # matrices of a recurrent layer, for its input and for its state
 # The layers whose output is added to the residual stream.
 _RESIDUAL_OUTPUT = re.compile(r"(o_proj|down_proj|c_proj)\.weight$")
+
+
+class BlockConfig(Config):
+    """The parts of arch transformer; the defaults make a qwen3."""
+
+    norm_placement: Literal["pre", "post", "deep", "sandwich"] = setting("pre", "where norms stand in a layer")
+    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "the norm")
+    qk_norm: bool = setting(True, "norm queries and keys of each head")
+    positions: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "relative"] = setting(
+        "rotary", "how a token knows its place: added to embeddings (learned, sinusoidal) or in attention"
+    )
+    num_key_value_heads: int | None = setting(None, "heads of keys and values, each for several queries", gt=0)
+    activation: Literal["swiglu", "gelu", "relu", "relu2"] = setting("swiglu", "inside the feed-forward layers")
+    bias: bool = setting(False, "biases in all linear layers but the output")
+    tie_word_embeddings: bool = setting(True, "the output layer is the embedding")
+    num_encoder_layers: int = setting(0, "layers of an encoder that the num_hidden_layers of the decoder read", ge=0)
+    causal: bool = setting(True, "no token sees a later one; false: an encoder alone, for objective masked")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> BlockConfig:
+        if self.num_encoder_layers and self.positions == "alibi":
+            raise ValueError(
+                "positions: alibi penalises distance, and between an encoder's token and a decoder's there is none. "
+                "Use relative, whose cross-attention has no positions, or num_encoder_layers 0"
+            )
+        if self.num_encoder_layers and not self.causal:
+            raise ValueError("causal: the decoder of an encoder is causal. Leave it true, or use num_encoder_layers 0")
+        return self
+
+
+class RecurrentConfig(Config):
+    """What arch rnn, lstm, gru and elmo have of their own."""
+
+    bptt_tokens: int | None = setting(
+        None, "tokens that a gradient goes back; the state is carried on. Empty: the block", gt=0
+    )
 
 
 class ModelConfig(Config):
@@ -40,19 +81,42 @@ class ModelConfig(Config):
 
     preset: Literal["nano", "tiny", "small", "base"] = setting("tiny", "sizes to start from")
     depth: int | None = setting(None, "instead of a preset: layers, from which all sizes and the training follow", gt=0)
-    arch: Literal["qwen3", "llama", "gpt2"] = setting("qwen3", "architecture: a stock transformers class")
+    arch: Literal["qwen3", "llama", "gpt2", "transformer", "rnn", "lstm", "gru", "elmo", "neural_ngram"] = setting(
+        "qwen3", "architecture: a stock transformers class (the first three) or one of lmkit's own"
+    )
     context_length: int | None = setting(None, "longest sequence in tokens", gt=0)
     num_hidden_layers: int | None = setting(None, "number of layers", gt=0)
     hidden_size: int | None = setting(None, "width", gt=0)
     head_dim: int | None = setting(None, "width of one attention head; the width must be a multiple", gt=0)
     intermediate_size: int | None = setting(None, "width inside the feed-forward layers", gt=0)
     init_std: float | None = setting(None, "standard deviation of the initial weights; empty: by width", gt=0)
+    block: BlockConfig = setting(BlockConfig(), "the parts of arch transformer")
+    recurrent: RecurrentConfig = setting(RecurrentConfig(), "what arch rnn, lstm, gru and elmo have of their own")
 
     @model_validator(mode="after")
     def _heads_fill_the_width(self) -> ModelConfig:
         sizes = self.sizes()
-        if sizes["hidden_size"] % sizes["head_dim"]:
+        if sizes["hidden_size"] % sizes["head_dim"] and not self._headless:
             raise ValueError(f"hidden_size {sizes['hidden_size']} is not a multiple of head_dim {sizes['head_dim']}")
+        heads, shared = sizes["hidden_size"] // sizes["head_dim"], self.block.num_key_value_heads
+        if shared and heads % shared:
+            raise ValueError(f"block.num_key_value_heads {shared} does not divide the {heads} heads")
+        if sizes["head_dim"] % 2 and self.arch == "transformer" and self.block.positions == "rotary":
+            raise ValueError(f"head_dim {sizes['head_dim']}: rotary positions turn pairs. Make it even")
+        return self
+
+    @model_validator(mode="after")
+    def _no_setting_is_idle(self) -> ModelConfig:
+        if self.arch != "transformer" and self.block != BlockConfig():
+            raise ValueError(f"block: arch {self.arch} has parts of its own. Use --model.arch transformer")
+        if self.arch not in _GATES and self.recurrent != RecurrentConfig():
+            raise ValueError(f"recurrent: arch {self.arch} has no state. Use --model.arch lstm")
+        unused = {"depth": "layers grow by rules for Transformers", "head_dim": "there are no heads"}
+        if self.arch in _GATES:
+            unused["intermediate_size"] = "there are no feed-forward layers"
+        for name, why in unused.items():
+            if self._headless and getattr(self, name) is not None:
+                raise ValueError(f"{name}: {why} in arch {self.arch}. Leave it out, or use --model.arch transformer")
         return self
 
     def sizes(self) -> dict[str, Any]:
@@ -64,12 +128,20 @@ class ModelConfig(Config):
         """Weights of the layers' matrices and of the output layer: what scaling laws count."""
         sizes = self.sizes()
         width, inner = sizes["hidden_size"], sizes["intermediate_size"]
-        return sizes["num_hidden_layers"] * width * (4 * width + self._matrices_inside * inner) + vocab_size * width
+        a_layer = 4 * width + self._matrices_inside * inner
+        if self.arch in _GATES:
+            a_layer = 2 * _GATES[self.arch] * width
+        return sizes["num_hidden_layers"] * width * a_layer + vocab_size * width
 
     @property
     def _matrices_inside(self) -> int:
-        """Matrices of a feed-forward layer: the two gated architectures have one more."""
-        return 2 if self.arch == "gpt2" else 3
+        """Matrices of a feed-forward layer: one more where it is gated."""
+        gated = self.block.activation == "swiglu" if self.arch == "transformer" else self.arch != "gpt2"
+        return 3 if gated else 2
+
+    @property
+    def _headless(self) -> bool:
+        return self.arch in _GATES or self.arch == "neural_ngram"
 
 
 def by_depth(depth: int) -> dict[str, int]:
@@ -91,7 +163,9 @@ def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) 
     width, depth = sizes["hidden_size"], sizes["num_hidden_layers"]
     heads, context = width // sizes["head_dim"], sizes["context_length"]
     shared = {"vocab_size": vocab_size, "tie_word_embeddings": True, "bos_token_id": None, **token_ids}
-    if config.arch == "gpt2":
+    if config.arch in OWN:
+        result = importlib.import_module(f"lmkit.models.{OWN[config.arch]}").configuration(config, shared)
+    elif config.arch == "gpt2":
         shared |= {"n_embd": width, "n_layer": depth, "n_head": heads, "n_positions": context}
         shared |= {"n_inner": sizes["intermediate_size"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         result = GPT2Config(**shared)
@@ -105,23 +179,28 @@ def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) 
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A fresh model, initialised by torch's generator, with the vocabulary, pad and stop tokens of the tokenizer."""
+    """A fresh model, initialised by torch's generator, with the vocabulary, pad and stop tokens of the tokenizer.
+
+    A causal language model, or what `block` makes of it: AutoModelForSeq2SeqLM or AutoModelForMaskedLM load it then.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, GenerationConfig
 
     from lmkit.tokenization.chat import stop_token_ids
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = AutoModelForCausalLM.from_config(transformers_config(config, len(tokenizer), **ids))
+    auto = AutoModelForSeq2SeqLM if config.block.num_encoder_layers else AutoModelForCausalLM
+    auto = auto if config.block.causal else AutoModelForMaskedLM
+    model = auto.from_config(transformers_config(config, len(tokenizer), **ids))
     depth = config.sizes()["num_hidden_layers"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if _RESIDUAL_OUTPUT.search(name):
+            if _RESIDUAL_OUTPUT.search(name) and config.block.norm_placement == "pre":
                 # 2 L branches are summed: the residual stream keeps its scale (Radford et al., GPT-2, 2019).
                 parameter.mul_((2 * depth) ** -0.5)
         # The embedding is the output layer too: with a larger one the first predictions are wrong and sure of it.
-        embedding = model.get_input_embeddings().weight
-        embedding.mul_(min(1.0, 0.02 / model.config.initializer_range))
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weight.mul_(min(1.0, 0.02 / model.config.initializer_range))
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(tokenizer), do_sample=True
     )
