@@ -21,12 +21,17 @@ left of an n-gram; the lowest order is mixed with the uniform distribution, so e
 
 The tokens are one stream: a context runs across document boundaries, as it does for a model trained on packed blocks.
 The end-of-document token between them is a token like any other. The first tokens of a stream have shorter contexts.
+
+Only n-grams that occur are kept, so memory follows the stream; the vocabulary costs one distribution at a time.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from lmkit.errors import BadInput
 
 SMOOTHINGS = ("mle", "laplace", "kneser_ney", "modified_kneser_ney")
 
@@ -123,7 +128,8 @@ def fit(
 ) -> NGram:
     """Count the n-grams of 1 to `order` tokens in a stream of tokens [N] and smooth them.
 
-    Raises ValueError for a smoothing that does not exist, an order below 1, and tokens outside [0, vocab_size).
+    Raises ValueError for a smoothing that does not exist, an order below 1, and tokens outside [0, vocab_size);
+    BadInput for a stream or a vocabulary that this machine's memory cannot hold.
 
     >>> fit([0, 1, 2, 0, 1], order=2, vocab_size=4, smoothing="laplace").probabilities([0]).round(3).tolist()
     [0.167, 0.5, 0.167, 0.167]
@@ -132,9 +138,30 @@ def fit(
         raise ValueError(f"smoothing {smoothing!r} is unknown; choose one of {', '.join(SMOOTHINGS)}")
     if order < 1:
         raise ValueError(f"order is {order}; an n-gram has at least 1 token")
+    check_memory(len(tokens), vocab_size)
     tokens = _checked(tokens, vocab_size)
     counted = _count(tokens, order, vocab_size, distinct_left=smoothing.endswith("kneser_ney"))
     return NGram(tuple(_smooth(*counts, vocab_size, smoothing) for counts in counted), vocab_size, smoothing)
+
+
+def check_memory(num_tokens: int, vocab_size: int) -> None:
+    """BadInput when fitting is sure to fail: too little memory for it, or codes beyond 64 bits.
+
+    At the least a token of the stream takes 64 bytes (it, its places sorted and unsorted, sort keys, n-grams), and an
+    id of the vocabulary 24 (three distributions while one is made).
+    """
+    needed, there = 64 * num_tokens + 24 * vocab_size, physical_memory()
+    if needed > there or (num_tokens + 1) * vocab_size >= 2**63:
+        raise BadInput(
+            f"n-grams of {num_tokens:,} tokens over a vocabulary of {vocab_size:,} take {needed / 1e9:,.1f} GB or more; "
+            f"this machine has {there / 1e9:,.1f} GB. Fit the start of the stream, as the pretraining report does "
+            "(`tokens[:2**23]`), on the ids of a smaller vocabulary (`python recipes/tokenizer.py --vocab_size 32768`)."
+        )
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _count(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmkit.errors import BadInput
+from lmkit.models import ngram
 from lmkit.models.ngram import SMOOTHINGS, discounts, fit
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshakespeare.txt"
@@ -161,6 +163,27 @@ def test_generation_is_seeded_and_follows_the_distribution():
 def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         fit(*arguments)
+
+
+@pytest.mark.parametrize("vocab_size", [10**12, 2**62])
+def test_a_vocabulary_too_large_for_memory_is_refused_before_anything_is_made(vocab_size):
+    with pytest.raises(
+        BadInput, match=rf"3 tokens over a vocabulary of {vocab_size:,} take .* GB or more; this machine"
+    ):
+        fit([0, 1, 2], 2, vocab_size)
+
+
+def test_a_stream_too_long_for_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(ngram, "physical_memory", lambda: 64 * 1000 + 24 * 4)
+    fit(stream(1000, 4), 2, 4)
+    with pytest.raises(BadInput, match="Fit the start of the stream"):
+        fit(stream(1001, 4), 2, 4)
+
+
+def test_memory_does_not_follow_the_vocabulary():
+    """65,536 ids, of which 20 occur, take the tables that 20 take."""
+    small, large = fit(stream(3000, 20), 5, 20), fit(stream(3000, 20), 5, 65536)
+    assert [table.weights.nbytes for table in small.tables] == [table.weights.nbytes for table in large.tables]
 
 
 @pytest.mark.realdata
