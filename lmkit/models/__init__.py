@@ -13,7 +13,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = ("neural_ngram",)
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 

@@ -12,6 +12,8 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from lmkit.models.presets import ModelConfig
 
 
 class NeuralNGramConfig(PreTrainedConfig):
@@ -47,6 +52,13 @@ class NeuralNGramConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+
+def configuration(config: ModelConfig, shared: dict[str, Any]) -> NeuralNGramConfig:
+    """The configuration that a `ModelConfig` describes."""
+    sizes = config.sizes()
+    own = {"hidden_size": sizes["hidden_size"], "max_position_embeddings": sizes["context_length"]}
+    return NeuralNGramConfig(**own, **({"window": config.window} if config.window else {}), **shared)
 
 
 class NeuralNGramPreTrainedModel(PreTrainedModel):

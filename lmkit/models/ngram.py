@@ -153,9 +153,9 @@ def check_memory(num_tokens: int, vocab_size: int) -> None:
     needed, there = 64 * num_tokens + 24 * vocab_size, physical_memory()
     if needed > there or (num_tokens + 1) * vocab_size >= 2**63:
         raise BadInput(
-            f"n-grams of {num_tokens:,} tokens over a vocabulary of {vocab_size:,} take {needed / 1e9:,.1f} GB or more; "
-            f"this machine has {there / 1e9:,.1f} GB. Fit the start of the stream, as the pretraining report does "
-            "(`tokens[:2**23]`), on the ids of a smaller vocabulary (`python recipes/tokenizer.py --vocab_size 32768`)."
+            f"n-grams of {num_tokens:,} tokens over a vocabulary of {vocab_size:,} take {needed / 1e9:,.1f} GB or "
+            f"more; this machine has {there / 1e9:,.1f} GB. Fit the start of the stream, as the pretraining report "
+            "does (`tokens[:2**23]`), on a smaller vocabulary (`python recipes/tokenizer.py --vocab_size 32768`)."
         )
 
 

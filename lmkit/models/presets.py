@@ -17,7 +17,7 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from lmkit.config import Config, setting
 
@@ -92,6 +92,23 @@ class ModelConfig(Config):
     init_std: float | None = setting(None, "standard deviation of the initial weights; empty: by width", gt=0)
     block: BlockConfig = setting(BlockConfig(), "the parts of arch transformer")
     recurrent: RecurrentConfig = setting(RecurrentConfig(), "what arch rnn, lstm, gru and elmo have of their own")
+    window: int | None = setting(None, "tokens that arch neural_ngram sees; empty: 8", gt=0)
+
+    @field_validator("arch", mode="before")
+    @classmethod
+    def _is_trained_to_write(cls, arch: Any) -> Any:
+        if arch in ("cbow", "skipgram"):
+            raise ValueError(
+                f"{arch} makes word vectors, which predict no next token. Train them with "
+                f"`python recipes/embeddings.py --objective {arch}`; every arch can start from them by --embeddings, "
+                "the nearest is --model.arch neural_ngram"
+            )
+        if arch == "ngram":
+            raise ValueError(
+                "ngram is counted, not trained: every pretraining reports the orders in --ngram_orders. The nearest "
+                "that is trained is --model.arch neural_ngram"
+            )
+        return arch
 
     @model_validator(mode="after")
     def _heads_fill_the_width(self) -> ModelConfig:
@@ -114,6 +131,10 @@ class ModelConfig(Config):
         unused = {"depth": "layers grow by rules for Transformers", "head_dim": "there are no heads"}
         if self.arch in _GATES:
             unused["intermediate_size"] = "there are no feed-forward layers"
+        elif self.arch == "neural_ngram":
+            unused |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "there is one layer, of hidden_size,")
+        elif self.window:
+            raise ValueError(f"window: arch {self.arch} sees the whole context. Use --model.arch neural_ngram")
         for name, why in unused.items():
             if self._headless and getattr(self, name) is not None:
                 raise ValueError(f"{name}: {why} in arch {self.arch}. Leave it out, or use --model.arch transformer")
@@ -131,6 +152,8 @@ class ModelConfig(Config):
         a_layer = 4 * width + self._matrices_inside * inner
         if self.arch in _GATES:
             a_layer = 2 * _GATES[self.arch] * width
+        elif self.arch == "neural_ngram":
+            return width * width * (self.window or 8) + vocab_size * width
         return sizes["num_hidden_layers"] * width * a_layer + vocab_size * width
 
     @property

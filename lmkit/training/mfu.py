@@ -33,12 +33,14 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(model: PreTrainedModel, context_length: int) -> float:
     """FLOP of one token's forward and backward: 6 for each weight of a matrix, 12 H D T for attention in each layer.
 
-    The output layer counts, embedding look-ups do not; attention counts T keys a query, as if it were not causal. A
-    frozen matrix needs no gradient of its own: 4 for each of its weights.
+    The output layer counts, embedding look-ups do not; attention counts T keys a query, as if it were not causal, and
+    nothing in a model without heads. A frozen matrix needs no gradient of its own: 4 for each of its weights.
     """
     layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     matrices = [p for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2]
     config = model.config
+    if not getattr(config, "num_attention_heads", None):
+        return float(sum((6 if p.requires_grad else 4) * p.numel() for p in matrices))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * context_length
     return float(sum((6 if p.requires_grad else 4) * p.numel() for p in matrices) + attention)

@@ -4,9 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from lmkit.config import validate
+from lmkit.errors import BadInput
 from lmkit.generation.sampler import sample
 from lmkit.models.heads import ValueHead, classifier_from, token_scores
 from lmkit.models.neural_ngram import NeuralNGramConfig, NeuralNGramForCausalLM
+from lmkit.models.presets import ModelConfig, transformers_config
+from lmkit.training.mfu import flops_per_token
 
 
 @pytest.fixture
@@ -79,3 +83,30 @@ def test_its_body_carries_a_scalar_head(model):
     tokens = torch.tensor([[4, 9, 1]])
     values = token_scores(classifier_from(model, head), tokens)
     torch.testing.assert_close(values, head(model.base_model(tokens).last_hidden_state))
+
+
+def configured(**mapping):
+    return transformers_config(validate(ModelConfig, {"preset": "nano", "arch": "neural_ngram", **mapping}), 384)
+
+
+def test_the_stage_builds_it_by_name():
+    config = configured(hidden_size=48, window=5)
+    assert (type(config), config.hidden_size, config.window) == (NeuralNGramConfig, 48, 5)
+    assert configured().window == 8
+    model = AutoModelForCausalLM.from_config(config)
+    assert flops_per_token(model, 100) == 6 * (48 * 48 * 5 + 384 * 48)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers: there is one layer, of hidden_size, in arch neural_ngram"),
+        ({"head_dim": 32}, "head_dim: there are no heads"),
+        ({"arch": "llama", "window": 4}, "window: arch llama sees the whole context"),
+        ({"arch": "cbow"}, "cbow makes word vectors, which predict no next token"),
+        ({"arch": "ngram"}, "ngram is counted, not trained"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_does(mapping, message):
+    with pytest.raises(BadInput, match=rf"{message}.*--model.arch (neural_ngram|transformer)"):
+        configured(**mapping)
