@@ -200,6 +200,25 @@ def measure(
         print(table(tokenizers, {str(file): functools.partial(read_text, file) for file in files}))
 
 
+@app.command()
+def embeddings(
+    vectors: Annotated[Path, typer.Argument(metavar="DIR", help="word vectors, such as runs/tiny/embeddings/vectors")],
+    words: Annotated[list[str], typer.Argument(metavar="WORD...", help="words that are one token each")],
+    analogy: Annotated[
+        list[str] | None, typer.Option(help="A,B,C: what is to C as B is to A, such as man,king,woman")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="neighbours to show")] = 5,
+) -> None:
+    """What word vectors take for alike: nearest tokens, cosines beside those of one-hot codes, analogies."""
+    with exit_codes():
+        asked = [[word.strip() for word in text.split(",")] for text in analogy or []]
+        if wrong := next((text for text, parts in zip(analogy or [], asked) if len(parts) != 3), None):
+            raise BadInput(f"--analogy {wrong} is not three words. Write it as --analogy man,king,woman.")
+        from lmkit.models.embeddings import describe
+
+        print(describe(vectors, words, asked, num))
+
+
 # --------------------------------------------------------------------------------------------------- what is in a run
 
 
@@ -219,6 +238,13 @@ def find_models(run: Path, compare: list[str]) -> dict[str, Path]:
             return {folder.parent.name if folder.name == "model" else folder.name: folder}
     talkers = [*(in_round("ppo", number) for number in range(rounds_of(run), 1, -1)), *TALKERS]
     there = {name: run / name / "model" for name in talkers if (run / name / "model" / "config.json").is_file()}
+    for folder in (run, run / "vectors"):
+        if not there and (folder / "vectors.safetensors").is_file():
+            raise BadInput(
+                f"{folder} holds word vectors, which predict no next token: nothing can be generated from them. Ask "
+                f"them with `lmkit embeddings {folder} WORD...`, or pretrain a model that starts from them: "
+                f"`python recipes/pretrain.py --model.arch neural_ngram --embeddings {folder}`."
+            )
     if not there:
         raise BadInput(
             f"{run} has no model that talks: wanted a model folder, or a run (such as runs/tiny) with "

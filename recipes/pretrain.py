@@ -1,6 +1,6 @@
 """Pretraining: a language model from nothing, or from an existing one, on token shards.
 
-Reads   --tokenizer and --shards, as the tokenizer stage writes them; --init_from, a model to go on training
+Reads   --tokenizer and --shards, as the tokenizer stage writes them; --init_from, a model; --embeddings, word vectors
 Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat template; metrics.jsonl, samples.jsonl;
         with --train.ema_decay the averaged weights beside it, as model_ema
 
@@ -27,9 +27,8 @@ class PretrainConfig(StageConfig):
     tokenizer: Path = setting(Path("runs/tiny/tokenizer/tokenizer"), "tokenizer directory")
     shards: Path | list[Path] = source(SHARDS, "folders with splits train and validation; the first's is validated on")
     weights: list[float] = setting([], "share of the samples from each of several shards; empty: by their size")
-    init_from: str | None = source(
-        None, "model to go on training, a folder or hub:NAME@REVISION; empty: a fresh `model`"
-    )
+    init_from: str | None = source(None, "model to go on training: folder or hub:NAME@REVISION; empty: a fresh one")
+    embeddings: Path | None = source(None, "word vectors that a fresh model starts from; empty: none")
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh, and the length of its blocks")
     lora: LoraOptions = setting(LoraOptions(), "adapters, merged at the end")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
@@ -45,8 +44,8 @@ class PretrainConfig(StageConfig):
     def _parts_fit(self) -> "PretrainConfig":
         if self.lora.load_in_4bit or (self.lora.r and not self.init_from):
             raise ValueError("lora: adapts the model that init_from names, in full precision")
-        if self.init_from and self.model.depth:
-            raise ValueError("model.depth: sizes a fresh model; leave it out with init_from")
+        if self.init_from and (self.model.depth or self.embeddings):
+            raise ValueError("model.depth, embeddings: for a fresh model; leave them out with init_from")
         return self
 
 
@@ -79,7 +78,7 @@ def main(config: PretrainConfig) -> Path:
     held_out = HeldOut.start_of(validation, config.validation_tokens, tokenizer, context_length)
     torch.manual_seed(config.seed)
     start = lambda: load_to_continue(config.init_from, tokenizer, context_length)  # noqa: E731
-    model = start() if config.init_from else build_model(config.model, tokenizer)
+    model = start() if config.init_from else build_model(config.model, tokenizer, config.embeddings)
     adapted = get_peft_model(model, peft_config(config.lora, "CAUSAL_LM")) if config.lora.r else model
     accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
     train = dial.by_depth(config.train, config.model, len(tokenizer), accelerator.num_processes)

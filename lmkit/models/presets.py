@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -201,8 +202,12 @@ def transformers_config(config: ModelConfig, vocab_size: int, **token_ids: Any) 
     return result
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, embeddings: Path | None = None
+) -> PreTrainedModel:
     """A fresh model, initialised by torch's generator, with the vocabulary, pad and stop tokens of the tokenizer.
+
+    embeddings: a folder of word vectors that its tokens start from (`lmkit.models.embeddings`).
 
     A causal language model, or what `block` makes of it: AutoModelForSeq2SeqLM or AutoModelForMaskedLM load it then.
     """
@@ -224,6 +229,10 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         # The embedding is the output layer too: with a larger one the first predictions are wrong and sure of it.
         for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             weight.mul_(min(1.0, 0.02 / model.config.initializer_range))
+    if embeddings is not None:
+        from lmkit.models.embeddings import start_from
+
+        start_from(model, embeddings, tokenizer)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(tokenizer), do_sample=True
     )

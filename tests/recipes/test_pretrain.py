@@ -152,7 +152,8 @@ def test_averaged_weights_are_scored_and_verified(adapted):
     ("changes", "message"),
     [
         ({"lora": {"r": 4}}, "lora: adapts the model that init_from names"),
-        ({"init_from": "x", "model": {"depth": 4}}, "model.depth: sizes a fresh model"),
+        ({"init_from": "x", "model": {"depth": 4}}, "model.depth, embeddings: for a fresh model"),
+        ({"init_from": "x", "embeddings": "y"}, "model.depth, embeddings: for a fresh model"),
         ({"packing": "tight"}, "packing  Input should be 'stream', 'bos_bestfit' or 'pad'"),
     ],
 )
