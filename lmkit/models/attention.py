@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lmkit.errors import BadInput
 
 NAME = "lmkit"
+BLOCK = 128  # queries whose products stay in a CPU's cache
 
 
 def causal_attention(
@@ -55,12 +56,36 @@ def causal_attention(
     options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scaling}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
     if query.device.type == "cpu":
-        # The backward of the CPU kernel takes three times as long in bfloat16 as in float32.
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            output = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
+            if (bf16 or value.dtype == torch.bfloat16) and mask is None and not dropout:
+                output = _in_blocks(query, key, value, scaling)
+            else:
+                output = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
     else:
         output = F.scaled_dot_product_attention(query, key, value, **options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention in bfloat16 as matrix products, a block of queries at a time with the keys they may see.
+
+    On a CPU the fused kernel's backward takes three times as long in bfloat16 as in float32; these products take half
+    of what it takes in float32.
+    """
+    batch, heads, length, size = query.shape
+    repeats = heads // key.shape[1]
+    key, value = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (key, value))
+    query, key, value = (t.to(torch.bfloat16).reshape(batch * heads, length, size) for t in (query, key, value))
+    outputs = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        unseen = torch.full((end - start, end), -torch.inf, dtype=query.dtype).triu(start + 1)
+        bias = unseen.expand(batch * heads, end - start, end)
+        scores = torch.baddbmm(bias, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
+        outputs.append(torch.bmm(scores.softmax(-1), value[:, :end]))
+    return torch.cat(outputs, dim=1).view(batch, heads, length, size)
 
 
 AttentionInterface.register(NAME, causal_attention)

@@ -111,6 +111,11 @@ class SealedCheckpoints:
             )
         return norm
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Sampling from weights that are not finite would end in a traceback.
+        check_finite(dict(self.model.named_parameters()))
+        return super().evaluate(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No README.md beside the record: the run's report says what TRL's card would, with numbers."""
 

@@ -42,17 +42,33 @@ def test_without_documents_it_is_plain_causal_attention(arch):
         torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, expected)
 
 
-def test_attention_runs_in_float32_under_autocast_on_a_cpu(monkeypatch):
-    model, seen = make_model(), []
-    plain = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        "lmkit.models.attention.F.scaled_dot_product_attention",
-        lambda *states, **options: seen.append(plain(*states, **options)) or seen[-1],
-    )
-    with packed_attention(model), torch.autocast("cpu", torch.bfloat16):
-        output = model(input_ids=torch.randint(0, 512, (2, 12)), use_cache=False).logits
-    assert [attended.dtype for attended in seen] == [torch.float32] * 2
-    assert output.dtype == torch.bfloat16
+@pytest.mark.parametrize(("length", "key_heads", "scaling"), [(7, 4, None), (128, 4, 0.3), (300, 2, None)])
+def test_bfloat16_on_a_cpu_is_float32_attention_within_its_rounding(length, key_heads, scaling):
+    torch.manual_seed(0)
+    shapes = [(2, 4, length, 16), (2, key_heads, length, 16), (2, key_heads, length, 16)]
+    exact = [torch.randn(shape).bfloat16().float().requires_grad_() for shape in shapes]
+    rounded = [state.detach().clone().requires_grad_() for state in exact]
+    weights = torch.randn(2, length, 4, 16)
+    expected, _ = causal_attention(None, *exact, None, scaling=scaling)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = causal_attention(None, *rounded, None, scaling=scaling)
+    assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.03)
+    (expected * weights).sum().backward()
+    (found.float() * weights).sum().backward()
+    for one, other in zip(rounded, exact):
+        error = (one.grad - other.grad).norm() / other.grad.norm()
+        assert error < 0.02
+
+
+def test_documents_are_kept_apart_in_float32_under_autocast():
+    query = torch.randn(1, 2, 6, 8)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = causal_attention(None, query, query, query, None, document_ids=documents)
+        alone, _ = causal_attention(None, *[query[:, :, 3:].float()] * 3, None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[:, 3:], alone.float(), rtol=0.02, atol=0.03)
 
 
 def test_a_compiled_forward_is_one_graph_with_causal_attention_and_no_mask(monkeypatch):
