@@ -17,6 +17,16 @@ def is_held_out(left: int, right: int) -> bool:
     return abs(left - right) == 5
 
 
+def digits_in(label: str) -> list[str]:
+    """The digits that a label of `digit_pairs` names, from left to right; any other label as it is.
+
+    >>> digits_in("a three left of an eight"), digits_in("cat")
+    (['3', '8'], ['cat'])
+    """
+    names = label.split(" left of ")
+    return [str(DIGITS.index(name)) for name in names] if set(names) <= set(DIGITS) else [label]
+
+
 def digit_pairs(digits: dict[str, list[Example]]) -> dict[str, list[Example]]:
     """Scenes uint8 [8, 16] from the digits of each split, labelled "a three left of a seven".
 
