@@ -10,7 +10,7 @@ FAULTS ?= all
 
 SHAKESPEARE ?= ../shared/data/text/tinyshakespeare.txt
 
-.PHONY: rlhf shakespeare test slow faults lint install
+.PHONY: rlhf shakespeare test slow faults processes lint install
 
 rlhf: $(VENV)/.installed
 	$(BIN)/python recipes/rlhf.py --config recipes/configs/tiny/rlhf.yaml
@@ -30,6 +30,9 @@ slow: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -m faults --timeout=1800 -n auto --maxprocesses 4 --dist loadfile
+
+processes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/processes -m processes --durations=5
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
