@@ -5,16 +5,18 @@
     model = AutoModelForCausalLM.from_pretrained("runs/lstm/pretrain/model")      # in any order of the two imports
 
 A family is a module of this package that registers its classes when it is imported. That takes torch, and a
-configuration is to be read without it: so the families are imported when transformers' own models are, not before.
+configuration is to be read without it: so the families are imported when transformers' own classes are, not before.
 """
 
 import importlib
 import sys
 from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 
-FAMILIES: tuple[str, ...] = ("neural_ngram",)
+FAMILIES = ("neural_ngram",)
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+# Modules that import the Auto classes, or need them: what is half imported must not be asked for a name.
+_WATCHED = {_AUTO_CLASSES, "transformers.modeling_layers", *(f"lmkit.models.{name}" for name in FAMILIES)}
 
 
 def _import_families() -> None:
@@ -22,25 +24,32 @@ def _import_families() -> None:
         importlib.import_module(f"lmkit.models.{name}")
 
 
-class _AfterAutoClasses(MetaPathFinder):
-    """Imports the families right after the module of the Auto classes, whoever imports that."""
+class _ThenFamilies(MetaPathFinder):
+    """Imports all families after the first of the watched modules, and what that imports itself."""
+
+    depth = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name != _AUTO_CLASSES:
+        if name not in _WATCHED:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
-        def execute_and_register(module):
-            execute(module)
-            _import_families()
+        def execute_then_register(module):
+            self.depth += 1
+            try:
+                execute(module)
+                if self.depth == 1:
+                    _import_families()
+                    sys.meta_path.remove(self)
+            finally:
+                self.depth -= 1
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_then_register
         return spec
 
 
 if _AUTO_CLASSES in sys.modules:
     _import_families()
 else:
-    sys.meta_path.insert(0, _AfterAutoClasses())
+    sys.meta_path.insert(0, _ThenFamilies())
