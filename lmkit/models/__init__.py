@@ -13,7 +13,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
-FAMILIES = ("neural_ngram",)
+FAMILIES = ("transformer", "encoder_decoder", "neural_ngram")
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 # Modules that import the Auto classes, or need them: what is half imported must not be asked for a name.
 _WATCHED = {_AUTO_CLASSES, "transformers.modeling_layers", *(f"lmkit.models.{name}" for name in FAMILIES)}

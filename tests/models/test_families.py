@@ -1,4 +1,4 @@
-"""Whatever is imported first, lmkit's own families are known to the Auto classes; and reading a configuration is cheap."""
+"""Whatever is imported first, the Auto classes know lmkit's own families; and reading a configuration is cheap."""
 
 import subprocess
 import sys
