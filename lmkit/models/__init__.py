@@ -15,8 +15,8 @@ from importlib.machinery import PathFinder
 
 FAMILIES = ("transformer", "encoder_decoder", "neural_ngram")
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
-# Modules that import the Auto classes, or need them: what is half imported must not be asked for a name.
-_WATCHED = {_AUTO_CLASSES, "transformers.modeling_layers", *(f"lmkit.models.{name}" for name in FAMILIES)}
+# Modules that may import the Auto classes while families need them: what is half imported is not asked for a name.
+_WATCHED = (_AUTO_CLASSES, "transformers.modeling_layers", "lmkit.models.")
 
 
 def _import_families() -> None:
@@ -25,12 +25,12 @@ def _import_families() -> None:
 
 
 class _ThenFamilies(MetaPathFinder):
-    """Imports all families after the first of the watched modules, and what that imports itself."""
+    """Imports all families once the Auto classes are there and no watched module is half imported."""
 
     depth = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name not in _WATCHED:
+        if not name.startswith(_WATCHED):
             return None
         spec = PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
@@ -39,7 +39,7 @@ class _ThenFamilies(MetaPathFinder):
             self.depth += 1
             try:
                 execute(module)
-                if self.depth == 1:
+                if self.depth == 1 and _AUTO_CLASSES in sys.modules:
                     _import_families()
                     sys.meta_path.remove(self)
             finally:
