@@ -6,7 +6,6 @@ with the same ids (`fast_is_exact` checks), and leaves everything else to `token
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import warnings
@@ -26,7 +25,10 @@ SPLITS = {
 }
 MAX_RUN = 512  # characters of one class in a row: merging takes time quadratic in the length of a word
 _CLASSES = r"[^\W_]{{{0}}}|\s{{{0}}}|(?:(?![^\W_])\S){{{0}}}"  # letters and digits, spaces, the rest
-_LONG_RUN, _PART_OF_RUN = re.compile(_CLASSES.format(MAX_RUN)), re.compile(_CLASSES.format(MAX_RUN // 2))
+_LONG_RUN = re.compile(_CLASSES.format(MAX_RUN))
+# All the stretches from a place on that are broken: of two neighbours a long run covers one whole.
+_STRETCH = MAX_RUN // 2
+_BROKEN_STRETCHES = re.compile(rf"(?s:(?!{_CLASSES.format(_STRETCH)}).{{{_STRETCH}}})*+")
 
 # byte -> the printable character that stands for it in a byte-level vocabulary (GPT-2's table)
 _PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -62,9 +64,13 @@ def has_long_run(text: str) -> bool:
     >>> has_long_run("a" * 600), has_long_run("a word " * 600)
     (True, False)
     """
-    # A long run covers a whole stretch between two of these places, so that most of the text need not be read.
-    stretches = range(0, len(text) if len(text) >= MAX_RUN else 0, MAX_RUN // 2)
-    return any(map(_PART_OF_RUN.match, itertools.repeat(text), stretches)) and bool(_LONG_RUN.search(text))
+    at = 0
+    while len(text) - (at := _BROKEN_STRETCHES.match(text, at).end()) >= _STRETCH:
+        # A long run over this stretch does not reach back over the one before it.
+        if _LONG_RUN.search(text, max(at - _STRETCH, 0), at + MAX_RUN):
+            return True
+        at += _STRETCH
+    return False
 
 
 def byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], split: str, nfc: bool) -> Tokenizer:

@@ -75,8 +75,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             continue
         cuts = []
         for at in range(1, len(token)):
-            left, right = ranks.get(token[:at], rank), ranks.get(token[at:], rank)
-            if left < rank and right < rank:
+            if (left := ranks.get(token[:at], rank)) < rank and (right := ranks.get(token[at:], rank)) < rank:
                 cuts.append((at, left, right))
         if len(cuts) > 1:
             cuts = [cut for cut in cuts if _stay_apart(*cut[1:], rank, parts, merged)]

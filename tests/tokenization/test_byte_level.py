@@ -71,6 +71,17 @@ def test_the_cap_changes_nothing_but_long_runs(split):
     assert cut > 40
 
 
+def test_long_runs_are_found_wherever_they_begin():
+    found = 0
+    for start in range(0, 1100, 7):
+        for length in (255, 511, 512, 513):
+            for character, other in ("a=", "=a", " x"):
+                text = (other + " x= a") * (start // 6) + other * (start % 6) + character * length + other * 40
+                assert has_long_run(text) == bool(byte_level._LONG_RUN.search(text)), (start, length, character)
+                found += has_long_run(text)
+    assert found > 900
+
+
 def test_other_tokenizers_are_left_to_tokenizers(documents):
     unigram = train_tokenizer(lambda: documents, vocab_size=384, kind="sentencepiece_unigram", allow_smaller_vocab=True)
     assert not is_fast(unigram)
