@@ -1,5 +1,6 @@
 """rustbpe gives the merges of tokenizers, or says that it may not."""
 
+import itertools
 import random
 
 import pytest
@@ -93,7 +94,7 @@ def test_merges_found_from_tokens_alone_are_those_made(alphabet):
         texts = [[bytes([byte]) for byte in draw.choices(alphabet, k=40)] for _ in range(6)]
         ranks, made = {bytes([byte]): byte for byte in range(256)}, []
         while len(made) < 12:
-            pairs = sorted({pair for text in texts for pair in zip(text, text[1:]) if b"".join(pair) not in ranks})
+            pairs = sorted({pair for text in texts for pair in itertools.pairwise(text) if b"".join(pair) not in ranks})
             if not pairs:
                 break
             left, right = draw.choice(pairs)
