@@ -274,16 +274,30 @@ def inspect_images(
         print("\n".join(inspect(data, label_pattern)))
 
 
+Templates = Annotated[
+    list[str] | None,
+    typer.Option("--template", help="two towers: text with {} for a class's name; may be repeated"),
+]
+
+
 @vision.command("evaluate")
-def evaluate_classifier(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="images with labels")],
+def evaluate_image_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier, or of two towers")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="images with labels or captions")],
     out: Annotated[Path, typer.Option(help="folder for metrics.json, report.txt, confusion.png, mistakes.png")],
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave damaged images out")] = False,
+    template: Templates = None,
 ) -> None:
-    """Judge a classifier on images it may never have seen, preprocessed as in its training."""
+    """Judge a model on images it may never have seen: a classifier, or towers by retrieval and zero-shot classes."""
     with exit_codes():
+        from lmkit.vision.clip import is_clip
+
+        if is_clip(model):
+            from lmkit.vision import match
+
+            print(match.evaluate_directory(model, data, split, out, template or ["{}"], skip_bad)[1])
+            return
         from lmkit.vision.evaluate import evaluate_directory
 
         print(evaluate_directory(model, data, split, out, skip_bad)[1])
@@ -291,17 +305,52 @@ def evaluate_classifier(
 
 @vision.command("predict")
 def predict_images(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a classifier, or of two towers")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
     top: Annotated[int, typer.Option(min=1, help="classes to show for each image")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    classes: Annotated[str, typer.Option(help="image and text towers: names to choose from, commas between")] = "",
+    template: Templates = None,
 ) -> None:
-    """What a classifier takes each image for."""
+    """What a classifier takes each image for; of two towers, which of the classes you name."""
     with exit_codes():
-        from lmkit.vision.evaluate import predict
+        from lmkit.vision.clip import is_clip
 
-        for path, best in zip(images, predict(model, images, top)):
+        names = [name.strip() for name in classes.split(",") if name.strip()]
+        if is_clip(model) != bool(names):
+            raise BadInput(
+                f"{model} knows its own classes: leave --classes out."
+                if names
+                else f"{model} has no classes of its own: name them, as in --classes 'a cat,a dog'."
+            )
+        if names:
+            from lmkit.vision.match import name_images
+
+            found = name_images(model, images, names, template or ["{}"], top)
+        else:
+            from lmkit.vision.evaluate import predict
+
+            found = predict(model, images, top)
+        for path, best in zip(images, found):
             if as_json:
                 print(json.dumps({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in best]}))
             else:
                 print(f"{path}  " + "  ".join(f"{name} {probability:.1%}" for name, probability in best))
+
+
+@vision.command("rank")
+def rank_images(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of image and text towers")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="images, such as samples of a diffusion model")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="what they should show")],
+    top: Annotated[int | None, typer.Option(min=1, help="how many to print; all")] = None,
+) -> None:
+    """Order a folder's images by CLIP score: how well each shows what the text says, the best first."""
+    with exit_codes():
+        from lmkit.vision.data import images_below
+        from lmkit.vision.match import rank_images
+
+        if not folder.is_dir() or not (images := images_below(folder)):
+            raise BadInput(f"{folder} is no folder with images. Give one that holds PNG or JPEG files.")
+        for path, score in rank_images(model, images, text)[:top]:
+            print(f"{score:.4f}  {path}")

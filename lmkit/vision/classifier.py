@@ -35,6 +35,14 @@ class ImageNetworkConfig(PreTrainedConfig):
     num_channels: int = 3
     image_size: int = 32
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of what the head reads."""
+        shape = (self.num_channels, self.image_size, self.image_size)
+        with torch.device("meta"):
+            body, _ = build_network(self.network, *shape[:2], classes=2).children()
+            return pooled(body.eval()(torch.zeros(1, *shape))).shape[1]
+
 
 class ImageNetwork(PreTrainedModel):
     """A network of `lmkit.vision.cnn` as a transformers model: `pixel_values` [B, C, S, S] to `logits` [B, classes]."""
@@ -104,7 +112,7 @@ def load_classifier(path: Path) -> tuple[PreTrainedModel, Preprocess, list[str]]
         raise BadInput(f"{path / 'config.json'} asks to run code of its own (auto_map), which lmkit does not do.")
     preprocess = Preprocess.load(path)
     model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-    return _channels_last(model.eval()), preprocess, [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return channels_last(model.eval()), preprocess, [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
 def with_classes(path: Path, classes: Sequence[str]) -> tuple[PreTrainedModel, Preprocess]:
@@ -139,6 +147,11 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+def pooled(features: Tensor) -> Tensor:
+    """Features [N, D] of what a body gives: maps [N, D, H, W] are averaged over their places."""
+    return features.mean((2, 3)) if features.ndim == 4 else features
+
+
 class Classification(nn.Module):
     """What the training loop trains: pixels and labels to the sum of cross entropies and their number.
 
@@ -162,7 +175,7 @@ class Classification(nn.Module):
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         if mode == "frozen":
             body_of(model).requires_grad_(False)
-        _channels_last(model)
+        channels_last(model)
 
     def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         targets = labels
@@ -175,7 +188,7 @@ class Classification(nn.Module):
             self.batches_seen += 1
         else:
             images = normalize(images, self.preprocess)
-        logits = self.model(pixel_values=_channels_last(images)).logits.float()
+        logits = self.model(pixel_values=channels_last(images)).logits.float()
         smoothing = self.augment.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         return loss, torch.tensor(float(len(labels)), device=loss.device)
@@ -195,13 +208,13 @@ def classify(model: nn.Module, pixels: Tensor, preprocess: Preprocess, batch_siz
     was, device = model.training, next(model.parameters()).device
     model.eval()
     found = [
-        model(pixel_values=_channels_last(normalize(part.to(device), preprocess))).logits.float().cpu()
+        model(pixel_values=channels_last(normalize(part.to(device), preprocess))).logits.float().cpu()
         for part in pixels.split(batch_size)
     ]
     model.train(was)
     return torch.cat(found)
 
 
-def _channels_last(of):
+def channels_last(of):
     """A model or a batch of images in the order in which convolutions in bfloat16 are about twice as fast."""
     return of.to(memory_format=torch.channels_last)

@@ -262,7 +262,7 @@ def _folder(path):
     metadata = next((path / name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None)
     if metadata is not None:
         return _metadata(path, metadata)
-    files = _images_below(path)
+    files = images_below(path)
     return [Example(str(f), f, f.relative_to(path).parts[0] if f.parent != path else None) for f in files]
 
 
@@ -300,10 +300,11 @@ def _split_folders(path):
 
 
 def _files_by_split(path):
-    return {split: _images_below(folder) for split, folder in _split_folders(path).items()}
+    return {split: images_below(folder) for split, folder in _split_folders(path).items()}
 
 
-def _images_below(path):
+def images_below(path: Path) -> list[Path]:
+    """The image files of a folder and the folders in it, in order; hidden ones are left out."""
     hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)  # noqa: E731
     return [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and not hidden(file)]
 

@@ -9,7 +9,7 @@ Shapes: N images, C channels, S pixels of side.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,17 @@ def load_pixels(
         pixels[len(kept)] = np.asarray(image, np.uint8).reshape(*shape[2:], shape[1]).transpose(2, 0, 1)
         kept.append(example)
     return torch.from_numpy(pixels[: len(kept)]), kept, bad
+
+
+def load_splits(
+    splits: Mapping[str, Sequence[Example]], preprocess: Preprocess, skip_bad: bool, say: Callable[[str], None]
+) -> dict[str, tuple[Tensor, list[Example]]]:
+    """Split -> (uint8 [N, C, S, S], the examples they are); `say` is told of damaged images that are left out."""
+    loaded = {name: load_pixels(examples, preprocess, skip_bad) for name, examples in splits.items()}
+    for name, (_, _, bad) in loaded.items():
+        if bad:
+            say(f"{len(bad)} damaged images left out of {name}; the first: {bad[0]}")
+    return {name: (pixels, kept) for name, (pixels, kept, _) in loaded.items()}
 
 
 def measured(preprocess: Preprocess, pixels: Tensor) -> Preprocess:

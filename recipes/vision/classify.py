@@ -56,18 +56,15 @@ def main(config: ClassifyConfig) -> Path:
     from lmkit.vision.classifier import Classification, classify, new_classifier, with_classes, with_lora
     from lmkit.vision.data import classification_splits
     from lmkit.vision.evaluate import label_ids, scores, write_report
-    from lmkit.vision.pixels import load_pixels, measured
+    from lmkit.vision.pixels import load_splits, measured
 
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction if config.patience else 0.0}
     splits, classes = classification_splits(config.data, config.label_pattern, fractions, config.limit, config.seed)
     torch.manual_seed(config.seed)
     model, preprocess = with_classes(config.init_from, classes) if config.init_from else (None, config.preprocess)
     with stage:
-        loaded = {name: load_pixels(examples, preprocess, config.skip_bad) for name, examples in splits.items()}
-        for name, (_, _, bad) in loaded.items():
-            if bad:
-                stage.say(f"classify: {len(bad)} damaged images left out of {name}; the first: {bad[0]}")
-        data = {name: (pixels, label_ids(kept, classes)) for name, (pixels, kept, _) in loaded.items()}
+        loaded = load_splits(splits, preprocess, config.skip_bad, stage.say)
+        data = {name: (pixels, label_ids(kept, classes)) for name, (pixels, kept) in loaded.items()}
         pixels, labels = data["train"]
         if model is None:
             preprocess = measured(preprocess, pixels)

@@ -62,12 +62,12 @@ def test_the_directory_answers_as_the_run_did(trained, data, tmp_path):
     run = CliRunner().invoke
     found = run(app, ["vision", "evaluate", str(trained / "model"), str(data), "--out", str(tmp_path / "out")])
     assert found.exit_code == 0
-    assert found.output.strip() == (trained / "results" / "report.txt").read_text().strip()
+    assert found.stdout.strip() == (trained / "results" / "report.txt").read_text().strip()
     pictures = [str(data / "test" / name / "0.png") for name in CLASSES]
     found = run(app, ["vision", "predict", str(trained / "model"), *pictures])
-    assert [line.split()[1] for line in found.output.splitlines()] == list(CLASSES)
+    assert [line.split()[1] for line in found.stdout.splitlines()] == list(CLASSES)
     found = run(app, ["vision", "predict", str(trained / "model"), pictures[0], "--json", "--top", "2"])
-    assert '"name": "bar"' in found.output
+    assert '"name": "bar"' in found.stdout
 
 
 def test_stopping_and_going_on_gives_the_same_bits(trained, data, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_inspect_shows_damage_and_repeats(data, tmp_path):
         (tmp_path / "train" / name / "a.png").write_bytes(picture)
         (tmp_path / "test" / name / "b.png").write_bytes(picture)
     (tmp_path / "train" / "bar" / "c.png").write_bytes(b"no picture")
-    output = CliRunner().invoke(app, ["vision", "inspect", str(tmp_path)]).output
+    output = CliRunner().invoke(app, ["vision", "inspect", str(tmp_path)]).stdout
     assert "train: 3 images, 0 captions\n  classes (2): bar 2, dot 1" in output
     assert "damaged: 1" in output
     assert "2 the same as one of train" in output
