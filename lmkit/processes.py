@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
 import subprocess
@@ -26,6 +27,11 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wai
 def num_asked() -> int:
     """How many processes the launcher says there are; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_set(name: str) -> bool:
+    """Whether an environment variable says yes, as Accelerate reads it."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 def is_main() -> bool:
@@ -58,7 +64,9 @@ def join() -> PartialState:
     from accelerate import PartialState
 
     # Accelerator alone looks at this variable; a bare PartialState would meet nobody on a CPU.
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = is_set("ACCELERATE_USE_CPU")
+    if is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise BadInput("the launcher asked for DeepSpeed, which is not installed: pip install -e .[deepspeed].")
     seconds = float(os.environ.get("LMKIT_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
     if num_asked() != state.num_processes:

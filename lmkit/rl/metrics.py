@@ -23,9 +23,10 @@ EVALUATED = {
 RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
 
 
-def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float, accelerator: Accelerator) -> dict:
-    """Means over the completions or tokens of all processes, under TRL's names with "completion" for "response".
+def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float) -> dict[str, float]:
+    """Means over the completions or tokens of all processes, whose rollout it is.
 
+    Names are TRL's, with "completion" for "response".
     objective/kl and objective/entropy are sums over a completion's tokens, in nats; policy/entropy_avg is per token.
     """
     mask = rollout.mask
@@ -52,7 +53,7 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
         "distinct": len(set(completions)),
         "repeated": sum(repeated_ngrams(ids) for ids in completions),
     }
-    total = _reduced(sums, accelerator)
+    total = {name: float(value) for name, value in sums.items()}
     rows, tokens = total["rows"], total["tokens"]
     score, kl = total["scores"] / rows, total["kl"] / rows
     penalised = score - missing_eos_penalty * (1 - total["stopped"] / rows)
@@ -70,13 +71,13 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
         "policy/entropy_avg": total["entropy"] / tokens,
         "val/mean": total["values"] / tokens,
         "val/num_eos_tokens": total["stopped"],
-        "rollout/completion_length_max": _largest(lengths.max(), accelerator),
+        "rollout/completion_length_max": float(lengths.max()),
         "rollout/truncated_rate": 1 - total["stopped"] / rows,
         "rollout/pad_waste": 1 - total["filled"] / total["places"],
         "rollout/unique_frac": total["distinct"] / rows,
         "rollout/repeat_ngram": total["repeated"] / rows,
         "sampling/logprob_diff_mean": total["mismatch"] / tokens,
-        "sampling/logprob_diff_max": _largest(mismatch.max(), accelerator),
+        "sampling/logprob_diff_max": float(mismatch.max()),
     }
 
 
@@ -119,16 +120,10 @@ def reward_metrics(parts: Mapping[str, torch.Tensor], accelerator: Accelerator) 
     return {f"reward/{name}": value for name, value in found.items()}
 
 
-def explained_variance(
-    rollout: Rollout, returns: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator
-) -> dict[str, float]:
+def explained_variance(rollout: Rollout, returns: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """val/explained_var: 1 - variance of (returns - values) / variance of returns, over the tokens that count."""
     wanted, error = returns[mask].double(), (returns - rollout.values)[mask].double()
-    sums = {"n": len(wanted), "x": wanted.sum(), "xx": (wanted**2).sum(), "e": error.sum(), "ee": (error**2).sum()}
-    total = _reduced(sums, accelerator)
-    count = max(total["n"], 1.0)
-    variance = total["xx"] / count - (total["x"] / count) ** 2
-    unexplained = total["ee"] / count - (total["e"] / count) ** 2
+    variance, unexplained = (x.var(correction=0).item() if len(x) else 0.0 for x in (wanted, error))
     return {"val/explained_var": 1 - unexplained / variance if variance > 0 else 0.0}
 
 
@@ -204,7 +199,3 @@ def guard(metrics: dict[str, float], config: PPOConfig) -> str | None:
 def _reduced(sums: dict, accelerator: Accelerator) -> dict[str, float]:
     packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=accelerator.device)
     return dict(zip(sums, accelerator.reduce(packed, reduction="sum").tolist()))
-
-
-def _largest(value: torch.Tensor, accelerator: Accelerator) -> float:
-    return accelerator.gather(value.float().to(accelerator.device).reshape(1)).max().item()

@@ -1,6 +1,6 @@
 """What an iteration uses, as functions of its number: rows, text, learning rates and random generators.
 
-Nothing here has a state, so a checkpoint needs none of it, and what a process takes depends on its number alone.
+Nothing here has a state, so a checkpoint needs none of it, and a run can go on with another number of processes.
 """
 
 import hashlib
@@ -28,14 +28,20 @@ class Plan:
         return self.config.num_ppo_epochs * self.config.num_mini_batches
 
     def rows(self, iteration: int, num_rows: int) -> list[int]:
-        """This process's prompts of an iteration, each as often as it gets completions.
+        """The prompts of an iteration, of all processes, each as often as it gets completions.
 
         They are the next of an endless shuffled pass over `num_rows` rows.
         """
         group = self.config.completions_per_prompt
-        share = self.config.rollout_batch_size // group // self.num_processes
-        first = iteration * self.config.rollout_batch_size // group + self.process * share
-        return shuffled(np.arange(first, first + share), num_rows, self.seed).repeat(group).tolist()
+        num_prompts = self.config.rollout_batch_size // group
+        first = iteration * num_prompts
+        return shuffled(np.arange(first, first + num_prompts), num_rows, self.seed).repeat(group).tolist()
+
+    def part(self, num_rows: int) -> range:
+        """The numbers of the rows, of so many, that this process collects; the last processes may have fewer."""
+        each, rest = divmod(num_rows, self.num_processes)
+        first = self.process * each + min(self.process, rest)
+        return range(first, first + each + (self.process < rest))
 
     def text(self, iteration: int, step: int, num_rows: int) -> np.ndarray:
         """The rows of text mixed into an update, as many as a mini-batch has completions: the next of such a pass."""
@@ -51,7 +57,13 @@ class Plan:
         options = {"warmup_steps": config.warmup_steps, "max_steps": config.num_iterations * each}
         return [schedule(kind, iteration * each + step, **options, decay_fraction=0.0) for step in range(each)]
 
-    def generator(self, purpose: str, iteration: int) -> torch.Generator:
-        """A generator for one purpose in one iteration and process; evaluation draws the same in all iterations."""
-        key = f"{self.seed}/{purpose}/{0 if purpose == 'evaluation' else iteration}/{self.process}"
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+    def generator(self, purpose: str, iteration: int, skip: int = 0) -> torch.Generator:
+        """A generator for one purpose in one iteration; evaluation draws the same in all iterations.
+
+        It is the same in all processes, `skip` numbers on: a process leaves out those of the rows before its own, so
+        that what a row draws does not depend on how many processes there are.
+        """
+        key = f"{self.seed}/{purpose}/{0 if purpose == 'evaluation' else iteration}/0"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+        torch.rand(skip, generator=generator)
+        return generator

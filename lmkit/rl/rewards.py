@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
-from lmkit.masked import AllReduce, alone
 from lmkit.models.heads import last_token_scores
 from lmkit.models.load import load_reward_model
 from lmkit.rl.scorers import Batch, ask_server, call_function, import_function
@@ -101,17 +100,17 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Future:
 class RunningNorm:
     """Scores less the mean of all scores seen, over their standard deviation; then kept within +/- `clip`.
 
-    The numbers seen are those of all processes, the batch at hand included. `state` is what a checkpoint holds.
+    The batch at hand, which is that of all processes, is seen first. `state` is what a checkpoint holds.
     """
 
     def __init__(self, normalize: bool, clip: float | None = None):
         self.normalize, self.clip = normalize, clip
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
-    def __call__(self, scores: Tensor, all_reduce: AllReduce = alone) -> Tensor:
-        """Scores [B] of this process, normalised and clipped."""
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores [B], normalised and clipped."""
         if self.normalize:
-            self._see(scores.double(), all_reduce)
+            self._see(scores.double())
             scores = ((scores.double() - self.mean) / max(self.std, 1e-8)).float()
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
 
@@ -119,10 +118,10 @@ class RunningNorm:
     def std(self) -> float:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
-    def _see(self, scores: Tensor, all_reduce: AllReduce) -> None:
+    def _see(self, scores: Tensor) -> None:
         """Adds a batch to the moments (Chan et al., 1979), which loses no digits where the mean is large."""
-        count, total = all_reduce(torch.stack([torch.ones_like(scores).sum(), scores.sum()])).tolist()
-        squares = all_reduce(((scores - total / count) ** 2).sum()).item()
+        count, total = float(len(scores)), scores.sum().item()
+        squares = ((scores - total / count) ** 2).sum().item()
         gap, whole = total / count - self.mean, self.count + count
         self.squares += squares + gap**2 * self.count * count / whole
         self.mean, self.count = self.mean + gap * count / whole, whole

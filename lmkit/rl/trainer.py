@@ -11,7 +11,7 @@ checkpoint needs no generator's state, and a resumed run takes the same bits as 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,12 @@ from lmkit.rl.rewards import RunningNorm
 from lmkit.rl.roles import make_roles
 from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
 from lmkit.rl.scorers import Batch
+from lmkit.rl.shares import gathered
 from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, update
 from lmkit.stage import latest_checkpoint, rotate
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tracking import Tracker
-from lmkit.training import checkpoint
+from lmkit.training import checkpoint, sharding
 from lmkit.training.loop import make_accelerator
 
 # What a checkpoint holds besides tensors.
@@ -116,17 +117,18 @@ class PPOTrainer:
         self.accelerator = make_accelerator(False if thin else args.bf16, model.config.get_text_config().hidden_size)
         self.plan = Plan(args, seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.stop_requested, self.say = stop_requested, say if self.accelerator.is_main_process else lambda text: None
-        self._check_shares()
+        self._check_prompts()
         models = {"ref_model": ref_model, "value_model": value_model, "peft_config": peft_config}
         self.roles = make_roles(model, reward, args, processing_class, **models, device=self.accelerator.device)
         self.actor_critic = self.roles.actor_critic
-        self.model = self.accelerator.prepare_model(self.actor_critic)
-        self.optimizer = make_optimizer(self.actor_critic, args)
+        self.model = sharding.prepare(self.actor_critic, self.accelerator)
+        self.optimizer = make_optimizer(getattr(self.model, "module", self.model), args)
         self.stop_token_ids = stop_token_ids(processing_class)
         self.sample = sample
         if args.use_vllm:
             options = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization, "sleep": args.vllm_enable_sleep_mode}
-            self.sample = VLLMSampler(model, processing_class, **options).sample
+            with self._whole():
+                self.sample = VLLMSampler(model, processing_class, **options).sample
         positions = getattr(model.config, "max_position_embeddings", None)
         given = (processing_class, positions, args, self.say)
         self.train_prompts = encode_prompts(train_dataset, "train_dataset", *given)
@@ -138,14 +140,14 @@ class PPOTrainer:
         self.samples: list[dict[str, Any]] = []
         self.ref_scores: list[float] = []  # of the reference at the start, on the evaluation prompts
 
-    def _check_shares(self):
+    def _check_prompts(self):
         args, num_processes = self.args, self.accelerator.num_processes
-        share, rest = divmod(args.rollout_batch_size, num_processes)
-        if rest or share < args.num_mini_batches or share % args.completions_per_prompt:
+        num_prompts = args.rollout_batch_size // args.completions_per_prompt
+        if num_prompts % num_processes:
             raise BadInput(
-                f"rollout_batch_size {args.rollout_batch_size} does not divide among {num_processes} processes, "
-                f"{args.num_mini_batches} mini-batches and {args.completions_per_prompt} completions of each prompt; "
-                "make each process's share a multiple of the completions of a prompt, and at least num_mini_batches."
+                f"rollout_batch_size {args.rollout_batch_size} is {num_prompts} prompts with "
+                f"{args.completions_per_prompt} completion(s) each, which do not divide among {num_processes} "
+                "processes; make it a multiple."
             )
 
     def _ptx(self, ptx_dataset):
@@ -185,6 +187,7 @@ class PPOTrainer:
                     self._save()
                 if stop and not last:
                     raise Interrupted(f"stopped after iteration {self.iteration} of {args.num_iterations}, saved.")
+        sharding.fill(self.actor_critic, self.model)
         return self.metrics
 
     def _iterate(self) -> tuple[dict[str, float], int]:
@@ -192,19 +195,19 @@ class PPOTrainer:
         args, accelerator, started = self.args, self.accelerator, time.perf_counter()
         index = self.plan.rows(self.iteration, len(self.train_prompts.ids))
         try:
-            rollout, seconds = self.collect(self.train_prompts, index, "sampling")
+            with self._whole():
+                rollout, seconds = self.collect(self.train_prompts, index, "sampling")
         except BadInput as error:  # of the reward; other processes may not have met it, so no collective here
             if self.iteration and accelerator.num_processes == 1:
                 self._save()
             raise BadInput(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from error
-        metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef, accelerator)
+        metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef)
         metrics |= reward_metrics(self.roles.reward.parts, accelerator)
         self.samples = sample_table(rollout, self.train_prompts.rows, index, self.decode)
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
-        all_reduce = lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()  # noqa: E731
-        rollout = replace(rollout, scores=self.score_norm(rollout.scores, all_reduce))
-        advantages, returns = advantages_and_returns(rollout, args, self.kl_coef, all_reduce)
+        rollout = replace(rollout, scores=self.score_norm(rollout.scores))
+        advantages, returns = advantages_and_returns(rollout, args, self.kl_coef)
         before_updates = time.perf_counter()
         try:
             learnt = update(
@@ -220,6 +223,8 @@ class PPOTrainer:
                 generator=self.plan.generator("shuffle", self.iteration),
                 ptx=None if self.ptx is None else self._text,
             )
+            # The next thing these weights do is sample.
+            checkpoint.check_finite(dict(self.model.named_parameters()))
         except Stopped as error:
             raise Stopped(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from None
         seconds["train"] = time.perf_counter() - before_updates
@@ -228,11 +233,12 @@ class PPOTrainer:
             kl = metrics["objective/kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=args.adaptive_kl_target, **rule)
         if args.ref_model_mixup_alpha:
-            self.roles.move_reference(args.ref_model_mixup_alpha)
+            with self._whole():
+                self.roles.move_reference(args.ref_model_mixup_alpha)
         self.iteration += 1
         metrics |= learnt
         if args.advantage_estimator == "gae":
-            metrics |= explained_variance(rollout, returns, counted_tokens(rollout, args), accelerator)
+            metrics |= explained_variance(rollout, returns, counted_tokens(rollout, args))
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         num_tokens = round(metrics["rollout/completion_length_mean"] * args.rollout_batch_size)
         metrics["perf/episodes_per_second"] = args.rollout_batch_size / (time.perf_counter() - started)
@@ -243,33 +249,46 @@ class PPOTrainer:
         return self.ptx.fetch(self.plan.text(self.iteration, step, len(self.ptx)))
 
     def collect(self, prompts: Prompts, index: Sequence[int], purpose: str) -> tuple[Rollout, dict[str, float]]:
-        """A scored rollout of this process's rows, and the seconds its parts took; `purpose` seeds the sampling."""
+        """A scored rollout of the rows in `index`, and the seconds its parts took here; `purpose` seeds the sampling.
+
+        Each process collects its part of the rows, and all of them get the whole rollout.
+        """
         args, device = self.args, self.accelerator.device
+        own = self.plan.part(len(index))
+        # A process without rows collects the first one as well, which is left out below.
+        first, mine = own.start, index[own.start : own.stop] or index[:1]
 
         def forward(*inputs):
-            # Not the prepared model: in evaluation the processes may make different numbers of forwards.
-            return self.actor_critic(*(tensor.to(device) for tensor in inputs), args.temperature, True)
+            # Not the prepared model: the processes may make different numbers of forwards.
+            with self.accelerator.autocast():
+                return self.actor_critic(*(tensor.to(device) for tensor in inputs), args.temperature, True)
 
         def ref_forward(*inputs):
             inputs = (tensor.to(device) for tensor in inputs)
             with self.accelerator.autocast():
                 return (self.roles.ref_logprobs(*inputs, temperature=args.temperature),)
 
-        self.model.eval()
+        self.actor_critic.eval()
         rollout, seconds = collect(
-            [prompts.ids[row] for row in index],
-            lambda chosen: self.draw(chosen, purpose),
+            [prompts.ids[row] for row in mine],
+            lambda chosen: self.draw(chosen, purpose, first),
             forward,
             ref_forward,
-            lambda completions: self.score(prompts, index, completions),
+            lambda completions: self.score(prompts, mine, completions),
             args.per_device_train_batch_size,
         )
         if args.truncation == "bootstrap":
             rollout = replace(rollout, final_values=values_after(rollout, forward, args.per_device_train_batch_size))
-        return rollout, seconds
+        everyones = gathered(rollout, self.accelerator)
+        return (everyones if len(mine) == len(index) else everyones.rows(torch.arange(len(index)))), seconds
 
-    def draw(self, prompts: list[list[int]], purpose: str, model: PreTrainedModel | None = None) -> Completions:
-        """A completion of the policy (or `model`) for each prompt of ids; `purpose` seeds the sampling."""
+    def draw(
+        self, prompts: list[list[int]], purpose: str, first: int, model: PreTrainedModel | None = None
+    ) -> Completions:
+        """A completion of the policy (or `model`) for each prompt of ids; `purpose` seeds the sampling.
+
+        first: the number of the first prompt among those of all processes, so that its draws are those of one process.
+        """
         with self.accelerator.autocast():
             return self.sample(
                 self.actor_critic.policy if model is None else model,
@@ -279,7 +298,7 @@ class PPOTrainer:
                 stop_strings=self.args.stop_strings,
                 tokenizer=self.tokenizer,
                 temperature=self.args.temperature,
-                generator=self.plan.generator(purpose, self.iteration),
+                generator=self.plan.generator(purpose, self.iteration, skip=first * self.args.max_new_tokens),
                 batch_size=self.args.generation_batch_size,
             )
 
@@ -307,37 +326,41 @@ class PPOTrainer:
         """
         if not self.eval_prompts:
             raise BadInput("there is no eval_dataset to evaluate on; pass one to PPOTrainer.")
-        accelerator, prompts = self.accelerator, self.eval_prompts
-        index = range(accelerator.process_index, len(prompts.ids), accelerator.num_processes)
-        if not self.ref_scores:
-            self.ref_scores = self._gathered(zip(index, self._reference_scores(prompts, index).tolist()))
-        rollout, _ = self.collect(prompts, index, "evaluation")
+        prompts = self.eval_prompts
+        index = range(len(prompts.ids))
+        with self._whole():
+            if not self.ref_scores:
+                self.ref_scores = self._reference_scores(prompts)
+            rollout, _ = self.collect(prompts, index, "evaluation")
         self.samples = sample_table(rollout, prompts.rows, index, self.decode)
-        found = rollout_metrics(rollout, self.args.missing_eos_penalty, self.kl_coef, accelerator)
-        scores = self._gathered(zip(index, rollout.scores.tolist()))
-        metrics = evaluation_metrics(found, scores, self.ref_scores)
+        found = rollout_metrics(rollout, self.args.missing_eos_penalty, self.kl_coef)
+        metrics = evaluation_metrics(found, rollout.scores.tolist(), self.ref_scores)
         if self.evaluation is not None:
-            texts = self._gathered(zip(index, self.decode(completion_ids(rollout))))
+            texts = self.decode(completion_ids(rollout))
             metrics |= {f"eval/{name}": value for name, value in self.evaluation([*prompts.rows], texts).items()}
         return metrics
 
-    def _reference_scores(self, prompts: Prompts, index: Sequence[int]) -> Tensor:
+    def _reference_scores(self, prompts: Prompts) -> list[float]:
+        """Scores of the reference's completions of all prompts; each process draws its part."""
         reference, policy = self.roles.reference, self.actor_critic.policy
-        chosen = [prompts.ids[row] for row in index]
-        with acting(policy, None) if reference is None else contextlib.nullcontext():
-            drawn = self.draw(chosen, "evaluation", model=policy if reference is None else reference)
-        return self.score(prompts, index, [drawn.ids(row) for row in range(len(chosen))])()
+        own = self.plan.part(len(prompts.ids))
+        scores = []
+        if len(own):
+            with acting(policy, None) if reference is None else contextlib.nullcontext():
+                model = policy if reference is None else reference
+                drawn = self.draw([prompts.ids[row] for row in own], "evaluation", own.start, model)
+            scores = self.score(prompts, own, [drawn.ids(row) for row in range(len(own))])().tolist()
+        return gather_object(scores) if self.accelerator.num_processes > 1 else scores
 
-    def _gathered(self, numbered: Iterable[tuple[int, Any]]) -> list[Any]:
-        """What the processes have for the rows of a dataset, in the dataset's order."""
-        pairs = list(numbered)
-        pairs = gather_object(pairs) if self.accelerator.num_processes > 1 else pairs
-        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+    def _whole(self) -> contextlib.AbstractContextManager:
+        """Inside, this process has all weights of policy and critic, in the precision that they learn in."""
+        return sharding.whole(self.actor_critic, self.model, sharding.compute_dtype(self.accelerator))
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The policy and its tokenizer, as `save_pretrained` writes them; LoRA adapters are merged into a copy.
 
-        output_dir: a folder; that of the trainer, with /model, when not given. Call it in the main process.
+        output_dir: a folder; that of the trainer, with /model, when not given. Call it in the main process, after
+        `train`.
         """
         self._write(self.roles.plain_policy(), Path(output_dir or self.output_dir / "model"))
 

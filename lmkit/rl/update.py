@@ -13,14 +13,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lmkit.errors import Stopped
-from lmkit.masked import AllReduce, alone, whiten
+from lmkit.masked import whiten
 from lmkit.rl.actor_critic import ActorCritic
 from lmkit.rl.advantages import generalized_advantages, leave_one_out, token_rewards
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import kl_per_token
 from lmkit.rl.losses import importance_weights, log_ratio, policy_loss, value_loss
 from lmkit.rl.ptx import add_gradients
-from lmkit.rl.rollout import Rollout, by_length
+from lmkit.rl.rollout import Rollout
+from lmkit.rl.shares import micro_batches
+from lmkit.training.sharding import full
 
 EARLY_STOP = 1.5  # times target_kl, as in OpenAI's Spinning Up
 
@@ -30,10 +32,8 @@ def counted_tokens(rollout: Rollout, config: PPOConfig) -> Tensor:
     return rollout.mask & rollout.stopped[:, None] if config.truncation == "mask" else rollout.mask
 
 
-def advantages_and_returns(
-    rollout: Rollout, config: PPOConfig, kl_coef: float, all_reduce: AllReduce = alone
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of a rollout, each [B, C]; means are over all processes.
+def advantages_and_returns(rollout: Rollout, config: PPOConfig, kl_coef: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of a rollout (that of all processes), each [B, C].
 
     By a critic advantages are whitened over the counted tokens. By rloo each token has its completion's advantage, and
     returns are 0.
@@ -50,12 +50,12 @@ def advantages_and_returns(
         advantages = leave_one_out(rewards.sum(1), mask.any(1), config.completions_per_prompt)
         return advantages[:, None] * mask, torch.zeros_like(rewards)
     if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False, all_reduce=all_reduce)
+        rewards = whiten(rewards, mask, shift_mean=False)
     decays = {"gamma": config.gamma, "lam": config.lam}
     advantages, returns = generalized_advantages(
         rewards, rollout.values, mask, **decays, final_values=rollout.final_values
     )
-    return whiten(advantages, mask, all_reduce=all_reduce), returns
+    return whiten(advantages, mask), returns
 
 
 def make_optimizer(model: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
@@ -87,8 +87,12 @@ def update(
 ) -> dict[str, float]:
     """Learns from a rollout, num_ppo_epochs x num_mini_batches optimizer steps; means of what happened, as metrics.
 
-    model: the prepared ActorCritic. rates: a factor on the learning rates for each of the steps. generator: shuffles.
-    ptx: number of the step -> input_ids and labels [B, T] (the next token, or -100) of the text that is mixed in.
+    rollout, advantages, returns: of all processes, in each of them; a mini-batch is shared out so that every process
+        has about as many tokens. generator: shuffles, and is the same in all processes.
+    model: the prepared ActorCritic. rates: a factor on the learning rates for each of the steps.
+    ptx: number of the step -> input_ids and labels [B, T] (the next token, or -100) of the text that is mixed in, this
+        process's part.
+
     With `target_kl`, a mini-batch whose KL from the rollout's policy (k3, mean over tokens) is over 1.5 times it ends
     the iteration before its step, in all processes. Raises Stopped, the step not taken, when a loss or gradient is
     not finite.
@@ -100,16 +104,17 @@ def update(
     model.train()
     for step, index in enumerate(mini_batches(len(rollout.scores), config, generator)):
         batch, tables = rollout.rows(index), (advantages[index], returns[index], counted[index])
-        local = torch.tensor(float(tables[-1].sum()), device=accelerator.device)
-        count = accelerator.reduce(local, reduction="sum").clamp(min=1)
+        count = tables[-1].sum().clamp(min=1).to(accelerator.device)
         if ptx is not None:
             ptx_losses.append(add_gradients(ptx(step), model, config, accelerator))
         approxkl = torch.zeros((), device=accelerator.device)
-        parts = by_length(batch, config.per_device_train_batch_size)
-        for number, rows in enumerate(parts):
+        size, place = config.per_device_train_batch_size, (accelerator.process_index, accelerator.num_processes)
+        parts = micro_batches(batch.prompt_lengths + batch.completion_lengths, size, *place)
+        for number, (rows, counts) in enumerate(parts):
             # Gradients are exchanged between processes once, after the last micro-batch.
             with accelerator.no_sync(model) if number < len(parts) - 1 else contextlib.nullcontext():
-                loss, sums = micro_batch_loss(batch, rows, *tables, model, config, kl_coef, accelerator.device)
+                given = (*tables[:2], tables[2] & counts)
+                loss, sums = micro_batch_loss(batch, rows, *given, model, config, kl_coef, accelerator.device)
                 # Processes' gradients are averaged; this loss is a mean over the tokens of all of them.
                 accelerator.backward(loss * accelerator.num_processes / count)
             largest = max(largest, sums.pop("log_ratio_max").item())
@@ -122,7 +127,8 @@ def update(
         if bound < math.inf and accelerator.reduce(approxkl, reduction="sum") / count > bound:
             optimizer.zero_grad()
             break
-        norms.append([accelerator.clip_grad_norm_(g["params"], config.max_grad_norm).item() for g in groups])
+        clipped = [accelerator.clip_grad_norm_(group["params"], config.max_grad_norm) for group in groups]
+        norms.append([full(norm).item() for norm in clipped])
         if not math.isfinite(sum(norms[-1]) + float(totals["loss"])):
             raise Stopped(
                 f"at update {step + 1} the summed loss is {float(totals['loss'])} and the gradient norms {norms[-1]} "

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lmkit.training.sharding import full, is_empty
+
 
 class EMA:
     """Exponential moving average of a module's trained parameters (Polyak and Juditsky, 1992).
@@ -34,14 +36,23 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
+    def fill(self, module: nn.Module, prepared: nn.Module) -> None:
+        """Goes over from a sharded module to the one it was made of, with whole averages; see `sharding.fill`."""
+        if prepared is not module and is_empty(module):
+            self.average = [full(average) for average in self.average]
+            self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the block the module has the averaged parameters; afterwards, to the bit, its own."""
         own = [parameter.detach().clone() for parameter in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+        self._set(self.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, own)
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values):
+            parameter.copy_(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from lmkit.data.order import batch_positions, shuffled
 from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
-from lmkit.training import checkpoint
+from lmkit.training import checkpoint, sharding
 from lmkit.training.ema import EMA
 from lmkit.training.mfu import peak_flops
 from lmkit.training.optimizers import build_optimizers, schedule
@@ -40,17 +39,16 @@ CPU_BF16_WIDTH = 128
 def make_accelerator(bf16: bool | None, width: int) -> Accelerator:
     """Accelerator of this process; `bf16` None: by device, on a CPU by its instructions and the model's width.
 
-    BadInput when the launcher asked for several processes and they do not know of each other.
+    BadInput when the launcher asked for several processes and they do not know of each other, or for what
+    `lmkit.training.sharding` does not do.
     """
-    processes.join()
-    if not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise BadInput("the launcher asked for FSDP, which accelerate turns silently into DDP on a CPU. Ask for DDP.")
-    return Accelerator(mixed_precision=mixed_precision(bf16, width))
+    sharding.asked_sharding(processes.join().num_processes)
+    return sharding.plain_accelerator(mixed_precision(bf16, width))
 
 
 def mixed_precision(bf16: bool | None, width: int) -> str:
     """What `Accelerator(mixed_precision=...)` takes; `bf16` None: bfloat16 where it is faster at this width."""
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    on_cpu = not torch.cuda.is_available() or processes.is_set("ACCELERATE_USE_CPU")
     if bf16 is None and on_cpu:
         bf16 = width >= CPU_BF16_WIDTH and torch.cpu.get_capabilities().get("avx512_bf16", False)
     elif bf16 is None:
@@ -75,7 +73,8 @@ def fit(
 ) -> dict[str, float]:
     """Trains `module` in place for `config.max_steps` updates, from the stage's newest checkpoint if there is one.
 
-    module: forward(**batch) -> (sum of losses, number of counted tokens), two scalars.
+    module: forward(**batch) -> (sum of losses, number of counted tokens), two scalars. Where it is sharded it has
+        weights in `evaluate` and `sample`, and after `fit`.
     fetch: sample numbers [B] below num_samples -> the batch, tensors on the CPU; called in threads ahead of time, so it
         must not draw from global generators. num_samples None: it is given the positions themselves, counted from the
         start of training, and has an order of its own (`lmkit.data.mixture`).
@@ -91,9 +90,8 @@ def fit(
     """
     if config.gradient_checkpointing:
         _recompute_activations(module)
-    if accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile:
-        module.compile(dynamic=False)
-    prepared = accelerator.prepare_model(module)
+    compiled = accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile
+    prepared = sharding.prepare(module, accelerator, compiled)
     optimizers = build_optimizers(prepared, config.optim, config.learning_rate, config.weight_decay)
     torch.manual_seed(stage.config.seed + accelerator.process_index)
     # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads them.
@@ -115,7 +113,7 @@ def fit(
             rate = config.learning_rate * _rate_factor(config, step - 1)
             prepared.train()
             samples, sums = _gradients(prepared, itertools.islice(batches, accumulation), accumulation, accelerator)
-            norm = nn.utils.get_total_norm(p.grad for p in prepared.parameters() if p.grad is not None)
+            norm = sharding.full(nn.utils.get_total_norm(p.grad for p in prepared.parameters() if p.grad is not None))
             window += torch.stack([*sums, norm.to(sums)])
             if look and not math.isfinite(window.sum()):
                 raise Stopped(_what_is_not_finite(prepared, sums, step, samples, stage))
@@ -137,15 +135,16 @@ def fit(
                 window.zero_()
             if "evaluate" in due and evaluate is not None:
                 checkpoint.check_finite(dict(prepared.named_parameters()))
-                prepared.eval()
-                scores = dict(evaluate())
+                module.eval()
+                with sharding.whole(module, prepared):
+                    scores = dict(evaluate())
+                    if sample is not None and accelerator.is_main_process:
+                        tracker.sample(step, sample())
                 if ema is not None:
-                    with ema.applied():
+                    with ema.applied(), sharding.whole(module, prepared):
                         scores |= {name.replace("eval/", "eval/ema_"): score for name, score in evaluate().items()}
                 tracker.log(step, scores)
                 metrics |= scores
-                if sample is not None and accelerator.is_main_process:
-                    tracker.sample(step, sample())
             stop = look and _any(stage.stop_requested(), accelerator)
             ended = "evaluate" in due and _any(enough(), accelerator)
             if stop or ended or "save" in due:
@@ -156,6 +155,9 @@ def fit(
                 raise Interrupted(
                     f"{stage.name} stopped after step {step} of {config.max_steps}; a checkpoint is saved."
                 )
+    if ema is not None:
+        ema.fill(module, prepared)
+    sharding.fill(module, prepared)
     return metrics
 
 

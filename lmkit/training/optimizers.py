@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 # Quintic iteration whose slope at zero is the largest (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -26,6 +27,21 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.mT if tall else x
+
+
+def orthogonalize_shared(matrices: Tensor) -> Tensor:
+    """`orthogonalize` of matrices [N, rows, columns] whose rows may be shared out among processes, as FSDP2 does.
+
+    Each process gets whole matrices, an Nth of them, by one exchange (all to all), and gives the rows back by another.
+    """
+    if not isinstance(matrices, DTensor):
+        return orthogonalize(matrices)
+    mesh, rows = matrices.device_mesh, matrices.placements
+    by_matrix = [Shard(0) if placement.is_shard() else placement for placement in rows]
+    whole = matrices.bfloat16().redistribute(placements=by_matrix).to_local()
+    placed = {"shape": matrices.shape, "stride": matrices.stride(), "run_check": False}
+    done = DTensor.from_local(orthogonalize(whole).contiguous(), mesh, by_matrix, **placed)
+    return done.redistribute(placements=rows)
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
-                updates = orthogonalize(torch.stack(nesterov)).to(parameters[0].dtype)
+                updates = orthogonalize_shared(torch.stack(nesterov)).to(parameters[0].dtype)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_add_(parameters, list(updates.unbind()), alpha=-scale)

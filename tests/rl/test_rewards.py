@@ -16,7 +16,7 @@ from tokenizers import models
 from lmkit.errors import BadInput
 from lmkit.models.heads import last_token_scores
 from lmkit.rl import scorers
-from lmkit.rl.rewards import RunningNorm, in_thread, make_reward
+from lmkit.rl.rewards import RunningNorm, make_reward
 from lmkit.rl.scorers import Batch
 from lmkit.tokenization.chat import render
 
@@ -291,29 +291,6 @@ def test_statistics_go_on_after_a_checkpoint_to_the_bit():
     for row, wanted in zip(draws[3:], expected[3:]):
         assert torch.equal(second(row), wanted)
     assert second.state() == whole.state()
-
-
-def test_two_processes_normalise_by_the_same_numbers_as_one():
-    draws = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    alone, halves = RunningNorm(True), [RunningNorm(True), RunningNorm(True)]
-    for row in draws:
-        wanted, barrier, sums = alone(row), threading.Barrier(2), {}
-
-        def together(rank, tensor, barrier=barrier, sums=sums):
-            """Sums over two threads, each in the place of a process."""
-            sums[rank] = tensor
-            barrier.wait()
-            total = sums[0] + sums[1]
-            barrier.wait()
-            return total
-
-        futures = [
-            in_thread(halves[rank], row[rank::2], lambda tensor, rank=rank: together(rank, tensor)) for rank in (0, 1)
-        ]
-        for rank, future in enumerate(futures):
-            assert torch.allclose(future.result(timeout=10), wanted[rank::2], atol=1e-6)
-    assert halves[0].state() == halves[1].state()
-    assert halves[0].state() == pytest.approx(alone.state(), rel=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------------- servers

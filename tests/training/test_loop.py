@@ -1,9 +1,4 @@
-import contextlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,53 +312,3 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="--multi_gpu --num_processes 2"):
         loop.make_accelerator(False, 64)
-
-
-def test_a_launcher_that_asked_for_sharding_on_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(BadInput, match="FSDP, which accelerate turns silently into DDP on a CPU"):
-        loop.make_accelerator(False, 64)
-
-
-def launch(directory, changes, stop_after=None):
-    """Trains in two processes, by this file as a script; the last checkpoint's parameters and state."""
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    script = [*command, __file__, str(directory), json.dumps(changes), json.dumps(stop_after)]
-    script[0] = str(Path(sys.executable).parent / "accelerate")
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    module = Toy()
-    tensors, state = checkpoint.load(latest_checkpoint(directory / "checkpoints"))
-    module.load_state_dict(tensors["model"])
-    return module, state
-
-
-def test_two_processes_are_one(tmp_path):
-    whole = train(tmp_path / "one", optim="adamw_torch_fused", save_steps=5)
-    split, state = launch(tmp_path / "two", {"optim": "adamw_torch_fused", "per_device_train_batch_size": 4})
-    assert state["step"] == 10
-    assert same(whole, split, 1e-6)
-    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    changes = {"optim": "adamw_torch_fused", "global_batch_size": 8, "per_device_train_batch_size": 4}
-    whole = train(tmp_path / "whole", **changes)
-    launch(tmp_path / "fewer", changes, stop_after=4)
-    assert same(whole, train(tmp_path / "fewer", **changes), 1e-6)
-    with pytest.raises(Interrupted):
-        train(tmp_path / "more", stop_after=7, **changes)
-    assert same(whole, launch(tmp_path / "more", changes)[0], 1e-6)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(Interrupted), OneStage(Path(sys.argv[1]), json.loads(sys.argv[3])) as stage:
-        accelerator = loop.make_accelerator(False, 16)
-        assert accelerator.num_processes == 2
-        config = BASE.model_copy(update=json.loads(sys.argv[2]))
-        loop.fit(Toy(), fetch, 50, config, accelerator=accelerator, stage=stage)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

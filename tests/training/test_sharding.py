@@ -1,0 +1,86 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lmkit.errors import BadInput
+from lmkit.models.presets import ModelConfig, transformers_config
+from lmkit.training import loop, sharding
+from lmkit.training.losses import CausalLMLoss
+from lmkit.training.sharding import Sharding, asked_sharding
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP2 |= {"FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_a_launcher_asks_for_whole_models_shares_or_groups_of_shares(launcher):
+    assert asked_sharding(8) is None
+    launcher(**FSDP2)
+    assert asked_sharding(8) == Sharding(num_replicas=1, reshard_after_forward=True)
+    launcher(PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2", PARALLELISM_CONFIG_DP_SHARD_SIZE="4")
+    launcher(FSDP_RESHARD_AFTER_FORWARD="false")
+    assert asked_sharding(8) == Sharding(num_replicas=2, reshard_after_forward=False)
+    with pytest.raises(BadInput, match="dp_replicate_size 2 x dp_shard_size 4 is not the number of processes, 6"):
+        asked_sharding(6)
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "no tp_size"),
+    ],
+)
+def test_other_ways_to_shard_are_refused_by_name(launcher, variables, wanted):
+    launcher(**FSDP2 | variables)
+    with pytest.raises(BadInput, match=f"it wants {wanted}"):
+        asked_sharding(2)
+
+
+def test_deepspeed_is_for_other_stages_and_named_where_it_is_missing(launcher, monkeypatch):
+    launcher(ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(BadInput, match=r"pip install -e .\[deepspeed\]"):
+        loop.make_accelerator(False, 64)
+    with pytest.raises(BadInput, match=r"DeepSpeed, which serves sft and reward alone.*fsdp2\.yaml"):
+        asked_sharding(2)
+
+
+def test_units_are_the_blocks_that_a_model_names():
+    model = CausalLMLoss(AutoModelForCausalLM.from_config(transformers_config(ModelConfig(preset="nano"), 32)))
+    assert sharding.blocks(model) == [*model.model.model.layers]
+    assert sharding.blocks(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+def test_an_emptied_module_is_filled_for_a_block_or_for_good():
+    source = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    module, inputs = copy.deepcopy(source), torch.ones(1, 3)
+    module[0].weight.data.zero_()
+    with sharding.whole(module, source):  # it has weights of its own: nothing to do
+        assert not module[0].weight.any()
+    sharding.empty(module)
+    assert sharding.is_empty(module)
+    with sharding.whole(module, source):
+        assert torch.equal(module(inputs), source(inputs))
+        with sharding.whole(module, source):
+            pass
+        assert not sharding.is_empty(module)
+    assert sharding.is_empty(module)
+    with sharding.whole(module, source, torch.bfloat16):
+        assert module[0].weight.dtype == torch.bfloat16
+    sharding.fill(module, source)
+    assert torch.equal(module(inputs), source(inputs))
+    assert module[0].weight.dtype == torch.float32
