@@ -92,11 +92,11 @@ class TextTower(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
         # No token sees what follows it, so padding on the right needs no mask inside the model.
         hidden = self.language_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        lengths = (
-            torch.full_like(input_ids[:, 0], input_ids.shape[1]) if attention_mask is None else attention_mask.sum(1)
-        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[rows, lengths - 1])
+        last = hidden[rows, attention_mask.sum(1) - 1]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=last)
 
 
 AutoModel.register(ImageNetworkConfig, ImageTower)

@@ -63,6 +63,14 @@ def test_it_learns_to_name_and_to_find(trained):
     assert '"eval/ema_scale"' in (trained / "metrics.jsonl").read_text()
 
 
+def test_the_averaged_weights_are_handed_over(trained):
+    newest = max((trained / "checkpoints").glob("step-*"))
+    given = load_file(trained / "model" / "model.safetensors")
+    last, averaged = (load_file(newest / f"{kind}.safetensors") for kind in ("model", "ema"))
+    assert torch.equal(averaged["model.visual_projection.weight"], given["visual_projection.weight"])
+    assert not torch.equal(last["model.visual_projection.weight"], given["visual_projection.weight"])
+
+
 def test_the_directory_judges_names_and_ranks(trained, data, tmp_path):
     ask = lambda *words: CliRunner().invoke(app, ["vision", *map(str, words)])  # noqa: E731
     model, out = trained / "model", tmp_path / "out"
