@@ -29,7 +29,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lmkit.models.language_model import WithOutputLayer
 
 if TYPE_CHECKING:
     from lmkit.models.presets import ModelConfig
@@ -109,24 +111,8 @@ class NeuralNGramModel(NeuralNGramPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
 
-class NeuralNGramForCausalLM(NeuralNGramPreTrainedModel, GenerationMixin):
-    """The language model: next-token logits [B, T, V], or those of the last `logits_to_keep` tokens."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-
-    def __init__(self, config: NeuralNGramConfig):
-        super().__init__(config)
-        self.model = NeuralNGramModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor | None = None, labels: Tensor | None = None, logits_to_keep: int = 0, **kwargs: object
-    ) -> CausalLMOutputWithPast:
-        outputs = self.model(input_ids, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+class NeuralNGramForCausalLM(WithOutputLayer, NeuralNGramPreTrainedModel, GenerationMixin):
+    """The language model."""
 
 
 class NeuralNGramForSequenceClassification(GenericForSequenceClassification, NeuralNGramPreTrainedModel):

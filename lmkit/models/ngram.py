@@ -200,18 +200,20 @@ def _count(
 
 def _sorted_starts(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
     """Places of the stream, sorted by the `order` tokens from each; the end of the stream sorts before any token."""
-    base = vocab_size + 1
     padded = np.concatenate([tokens + 1, np.zeros(order, dtype=np.int64)])
-    keys, room = [], 0  # each key packs as many tokens as fit in 63 bits
-    for offset in range(order):
-        digits = padded[offset : offset + len(tokens)]
-        if room < base:
-            keys.append(digits)
-            room = 2**63 // base
-        else:
-            keys[-1] = keys[-1] * base + digits
-            room //= base
-    return np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(keys[::-1])
+    keys, width, room = padded[: len(tokens)], 1, 2**63 // (vocab_size + 1)
+    while width < order and room > vocab_size:  # as many tokens as fit in 63 bits
+        keys = keys * (vocab_size + 1) + padded[width : width + len(tokens)]
+        width, room = width + 1, room // (vocab_size + 1)
+    starts = np.argsort(keys)
+    while width < order:
+        # The ranks of all n-grams sort longer ones: of two, the second begins in the first or right behind it.
+        ranks = np.zeros(len(padded), dtype=np.int64)
+        ranks[starts] = 1 + np.cumsum(np.diff(keys[starts], prepend=keys[starts[:1]]) != 0)
+        shift = min(width, order - width)
+        keys, width = ranks[: len(tokens)] * (len(tokens) + 1) + ranks[shift : shift + len(tokens)], width + shift
+        starts = np.argsort(keys)
+    return starts
 
 
 def _smooth(codes: np.ndarray, counts: np.ndarray, num_contexts: int, vocab_size: int, smoothing: str) -> Table:

@@ -197,8 +197,9 @@ def test_tiny_shakespeare_characters():
         assert fit(train, order, len(ids)).nll(held_out).mean() == pytest.approx(nats, abs=5e-4), order
 
 
-def test_fitting_order_five_takes_a_second_per_million_tokens():
-    tokens = stream(1_000_000, 64)
+@pytest.mark.parametrize(("order", "vocab_size"), [(5, 64), (7, 50_000)])
+def test_fitting_takes_less_than_a_second_per_million_tokens(order, vocab_size):
+    tokens = stream(1_000_000, vocab_size)
     start = time.process_time()
-    fit(tokens, 5, 64)
+    fit(tokens, order, vocab_size)
     assert time.process_time() - start < 1.0
