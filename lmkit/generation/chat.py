@@ -80,11 +80,12 @@ def stream(
 ) -> Iterator[int]:
     """Token ids of one completion as they are drawn, the stop token left out; the same ids `sample` draws."""
     uniforms = torch.rand(1, max_new_tokens, generator=generator).to(model.device)
-    cache = reserved_cache(model.config, len(prompt_ids) + max_new_tokens)
+    cache = reserved_cache(model, len(prompt_ids) + max_new_tokens)
     ids = torch.tensor([prompt_ids], device=model.device)
     for step in range(max_new_tokens):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        drawn, _ = draw(logits, uniforms[:, step], temperature, 0, 1.0)
+        outputs = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = outputs.past_key_values
+        drawn, _ = draw(outputs.logits[:, -1], uniforms[:, step], temperature, 0, 1.0)
         if drawn.item() in stop_token_ids:
             return
         yield drawn.item()

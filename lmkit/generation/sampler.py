@@ -126,18 +126,19 @@ def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompts), device=device)  # the batch row behind each row still in the cache
     running = torch.ones_like(rows, dtype=torch.bool)
-    cache = reserved_cache(model.config, width + max_new_tokens)
+    cache = reserved_cache(model, width + max_new_tokens)
     attention = contextlib.ExitStack()
     with attention:
         for step in range(max_new_tokens):
-            logits = model(
+            outputs = model(
                 input_ids=ids,
                 attention_mask=visible[:, : width + step],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1]
+            )
+            logits, cache = outputs.logits[:, -1], outputs.past_key_values
             if step == 0:
                 attention.enter_context(decoding_attention(model))
             ids, chosen = draw(logits, None if uniforms is None else uniforms[rows, step], *choice)
@@ -220,9 +221,14 @@ class _ReservedLayer(DynamicLayer):
         self.keys, self.values = (memory[:, :, :seen] for memory in self.reserved)
 
 
-def reserved_cache(config, capacity):
-    """The model's own kind of cache, with reserved memory for its full-attention layers."""
-    cache = DynamicCache(config=config)
+def reserved_cache(model, capacity):
+    """The model's own kind of cache, with reserved memory for its full-attention layers.
+
+    None for a model that carries a state: it makes its own, and returns it with its logits.
+    """
+    if model._is_stateful:
+        return None
+    cache = DynamicCache(config=model.config)
     cache.layers = [_ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 

@@ -13,7 +13,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
-FAMILIES = ("transformer", "encoder_decoder", "neural_ngram")
+FAMILIES = ("transformer", "encoder_decoder", "recurrent", "neural_ngram")
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 # Modules that may import the Auto classes while families need them: what is half imported is not asked for a name.
 _WATCHED = (_AUTO_CLASSES, "transformers.modeling_layers", "lmkit.models.")

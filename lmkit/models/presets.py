@@ -69,14 +69,6 @@ class BlockConfig(Config):
         return self
 
 
-class RecurrentConfig(Config):
-    """What arch rnn, lstm, gru and elmo have of their own."""
-
-    bptt_tokens: int | None = setting(
-        None, "tokens that a gradient goes back; the state is carried on. Empty: the block", gt=0
-    )
-
-
 class ModelConfig(Config):
     """A size and an architecture; a size left empty is the preset's."""
 
@@ -92,7 +84,9 @@ class ModelConfig(Config):
     intermediate_size: int | None = setting(None, "width inside the feed-forward layers", gt=0)
     init_std: float | None = setting(None, "standard deviation of the initial weights; empty: by width", gt=0)
     block: BlockConfig = setting(BlockConfig(), "the parts of arch transformer")
-    recurrent: RecurrentConfig = setting(RecurrentConfig(), "what arch rnn, lstm, gru and elmo have of their own")
+    bptt_tokens: int | None = setting(
+        None, "tokens a gradient goes back in arch rnn, lstm, gru and elmo, whose state goes on; empty: the block", gt=0
+    )
     window: int | None = setting(None, "tokens that arch neural_ngram sees; empty: 8", gt=0)
 
     @field_validator("arch", mode="before")
@@ -127,8 +121,8 @@ class ModelConfig(Config):
     def _no_setting_is_idle(self) -> ModelConfig:
         if self.arch != "transformer" and self.block != BlockConfig():
             raise ValueError(f"block: arch {self.arch} has parts of its own. Use --model.arch transformer")
-        if self.arch not in _GATES and self.recurrent != RecurrentConfig():
-            raise ValueError(f"recurrent: arch {self.arch} has no state. Use --model.arch lstm")
+        if self.arch not in _GATES and self.bptt_tokens:
+            raise ValueError(f"bptt_tokens: arch {self.arch} carries no state. Use --model.arch lstm")
         unused = {"depth": "layers grow by rules for Transformers", "head_dim": "there are no heads"}
         if self.arch in _GATES:
             unused["intermediate_size"] = "there are no feed-forward layers"
