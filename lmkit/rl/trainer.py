@@ -27,6 +27,7 @@ from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.generation.complete import completion_texts
 from lmkit.generation.sampler import Completions, sample
 from lmkit.generation.vllm import VLLMSampler
+from lmkit.models.attention import faster_attention
 from lmkit.models.load import load_language_model
 from lmkit.rl import state
 from lmkit.rl.config import PPOConfig
@@ -166,7 +167,8 @@ class PPOTrainer:
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         options = {"total_steps": args.num_iterations, "start_step": self.iteration, "accelerator": self.accelerator}
-        with Tracker(self.output_dir, **options, report_to=self.report_to, description="ppo") as tracker:
+        tracker = Tracker(self.output_dir, **options, report_to=self.report_to, description="ppo")
+        with tracker, faster_attention(self.accelerator, *self.roles.models()):
             if self.iteration == 0 and self.eval_prompts:
                 tracker.log(0, self.evaluate())
                 tracker.sample(0, self.samples)
@@ -279,8 +281,7 @@ class PPOTrainer:
         )
         if args.truncation == "bootstrap":
             rollout = replace(rollout, final_values=values_after(rollout, forward, args.per_device_train_batch_size))
-        everyones = gathered(rollout, self.accelerator)
-        return (everyones if len(mine) == len(index) else everyones.rows(torch.arange(len(index)))), seconds
+        return gathered(rollout, self.accelerator).rows(torch.arange(len(index))), seconds
 
     def draw(
         self, prompts: list[list[int]], purpose: str, first: int, model: PreTrainedModel | None = None

@@ -86,6 +86,8 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
         if torch_compile:
             module.compile(dynamic=False)
         return accelerator.prepare_model(module)
+    for tensor in (*module.parameters(), *module.buffers()):  # as DDP does: all start from the first one's
+        torch.distributed.broadcast(tensor.data, 0)
     # The double shares all tensors, so that sharding it copies no more than a block at a time.
     tensors = [*module.parameters(), *module.buffers()]
     double = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -31,8 +31,7 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
-def tokenizer():
+def word_tokenizer():
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,6 +41,11 @@ def tokenizer():
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
     made.chat_template = CHAT_TEMPLATE
     return made
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()
 
 
 @pytest.fixture

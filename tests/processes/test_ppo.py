@@ -1,0 +1,82 @@
+"""PPO in one process, in two, and sharded: the same completions, updates and metrics, in every mode."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.processes.ppo import runs, save_models
+
+ADAPTERS = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+MODES = {
+    "shared critic": {"entropy_coef": 0.01},
+    "separate critic": {"critic": "separate", "truncation": "bootstrap", "missing_eos_penalty": 0.0, "eval_rows": 3},
+    "rloo, text mixed in": {
+        "advantage_estimator": "rloo",
+        "num_generations": 2,
+        "whiten_rewards": False,
+        "ptx": True,
+        "ptx_coef": 0.1,
+    },
+    "moving reference": {"ref_model_mixup_alpha": 0.3, "use_score_norm": True, "reward": "reward"},
+    "adapters": {"lora": ADAPTERS, "kl_placement": "loss", "kl_estimator": "k2", "target_kl": 0.002},
+    "adapters, critic of its own": {"lora": ADAPTERS, "critic": "separate"},
+}
+# What is cut, and what only says how long it took.
+TIMED = ("seconds", "tokens_per_second", "time/", "perf/")
+
+
+@pytest.fixture(scope="module")
+def folders(worlds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo")
+    models = folder / "models"
+    save_models(models)
+    worlds.run(1, runs, models, folder / "one", MODES)
+    worlds.run(2, runs, models, folder / "two", MODES)
+    worlds.run(2, runs, models, folder / "sharded", MODES, config="fsdp2.yaml")
+    return folder
+
+
+def rows(directory):
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in found]
+
+
+def same_models(one, other, tolerance=1e-5):
+    for role in ("policy", "critic"):
+        for name, tensor in one.get(role, {}).items():
+            assert torch.allclose(other[role][name], tensor, rtol=0, atol=tolerance), (role, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world", ["two", "sharded"])
+def test_processes_make_the_updates_and_metrics_of_one(folders, world, mode):
+    one, other = (torch.load(folders / name / mode / "result.pt") for name in ("one", world))
+    same_models(one, other)
+    assert one["kl_coef"] == pytest.approx(other["kl_coef"], abs=1e-6)
+    wanted, found = (rows(folders / name / mode) for name in ("one", world))
+    assert len(found) == len(wanted) == 3
+    for row, other_row in zip(wanted, found):
+        assert other_row.keys() == row.keys()
+        for name, value in row.items():
+            assert other_row[name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_a_rollout_gathers_the_weights_once(folders):
+    """Two rollouts, two evaluations, and once for what is saved at the end."""
+    counts = [torch.load(folders / name / "shared critic" / "result.pt")["gatherings"] for name in ("two", "sharded")]
+    assert counts == [1, 5]  # with whole weights the one at the end has nothing to do
+
+
+def test_a_checkpoint_of_two_goes_on_in_any_number_of_processes(worlds, folders):
+    cases = {mode: MODES[mode] for mode in ("shared critic", "adapters, critic of its own")}
+    stopped = {mode: options | {"stop_after": 1} for mode, options in cases.items()}
+    worlds.run(2, runs, folders / "models", folders / "stopped", stopped, config="fsdp2.yaml")
+    for name, (num_processes, config) in {"one": (1, None), "four": (4, "fsdp2.yaml")}.items():
+        folder = shutil.copytree(folders / "stopped", folders / f"stopped-{name}")
+        worlds.run(num_processes, runs, folders / "models", folder, cases, config=config)
+        for mode in cases:
+            one, other = (torch.load(f / mode / "result.pt") for f in (folders / "one", folder))
+            same_models(one, other)
+            assert len(rows(folder / mode)) == 3
