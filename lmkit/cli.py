@@ -354,3 +354,26 @@ def rank_images(
             raise BadInput(f"{folder} is no folder with images. Give one that holds PNG or JPEG files.")
         for path, score in rank_images(model, images, text)[:top]:
             print(f"{score:.4f}  {path}")
+
+
+@vision.command("sample")
+def sample_images(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the directory of a diffusion model")],
+    out: Annotated[Path, typer.Option(help="folder for the images, a PNG each")],
+    caption: Annotated[list[str] | None, typer.Option(help="caption or class to draw; may be given again")] = None,
+    num: Annotated[int, typer.Option(min=1, help="images of each caption")] = 8,
+    sampler: Annotated[Literal["ddpm", "ddim", "euler", "heun"] | None, typer.Option(help="as in training")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="steps from noise to image; as in training")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="guidance scale; as in training")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of all images, a row a caption")] = None,
+    gif: Annotated[Path | None, typer.Option(help="GIF of the same on the way out of noise")] = None,
+) -> None:
+    """Draw images with a diffusion model."""
+    with exit_codes():
+        from lmkit.vision.drawn import sample_directory
+
+        given = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": guidance}
+        changes = {name: value for name, value in given.items() if value is not None}
+        files = sample_directory(model, caption or [], num, changes, seed, out, sheet, gif)
+        print(f"{len(files)} images written to {out}")

@@ -1,0 +1,174 @@
+"""The recipe of diffusion models: from data to a directory that draws, stopped and gone on with."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+from vision.diffusion import DiffusionConfig, main
+
+from lmkit.cli import app
+from lmkit.config import load
+from lmkit.errors import BadInput, Interrupted
+from lmkit.training import loop
+from lmkit.vision.classifier import new_classifier
+from lmkit.vision.options import Preprocess
+
+CLASSES = ("bar", "ring")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pictures of two kinds, in label folders."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    shapes = {name: np.zeros((8, 8)) for name in CLASSES}
+    shapes["bar"][:, 3:5] = 200
+    shapes["ring"][1:7, 1:7] = 200
+    shapes["ring"][2:6, 2:6] = 0
+    for split, count in (("train", 24), ("test", 8)):
+        for name, shape in shapes.items():
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture = np.clip(shape + generator.normal(0, 20, shape.shape), 0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(data, tmp_path_factory):
+    """A classifier whose answer is the brightness of two places, which tells the two kinds apart."""
+    path, preprocess = tmp_path_factory.mktemp("judge"), Preprocess(size=8, channels=1, mean=[0.0], std=[1.0])
+    model = new_classifier("softmax_regression", preprocess, CLASSES)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.weight[0, 3 * 8 + 3] = model.head.weight[1, 3 * 8 + 1] = 1.0
+    model.save_pretrained(path)
+    preprocess.save(path)
+    return path
+
+
+def config(data, output_dir, *flags):
+    options = {"data": data, "output_dir": output_dir, "caption": "a {}", "network": "dit", "train.max_steps": 8}
+    options |= {"dit.hidden_size": 32, "dit.num_hidden_layers": 1, "dit.patch_size": 4, "text.num_hidden_layers": 1}
+    options |= {"train.per_device_train_batch_size": 16, "train.ema_decay": 0.8, "train.eval_steps": 4}
+    options |= {"train.save_steps": 4, "vocab_size": 384, "sampling.num_inference_steps": 4}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return load(DiffusionConfig, [*words, *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(data, judge, tmp_path_factory):
+    return main(config(data, tmp_path_factory.mktemp("trained"), "--judge", str(judge)))
+
+
+def weights(folder):
+    files = sorted((folder / "model").rglob("*.safetensors"))
+    assert [file.parent.name for file in files] == ["text_encoder", "transformer"]
+    return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_it_leaves_pictures_and_numbers(trained):
+    assert {"samples.png", "denoising.gif", "metrics.json"} <= {path.name for path in (trained / "results").iterdir()}
+    assert Image.open(trained / "results" / "denoising.gif").n_frames == 4
+    metrics = json.loads((trained / "results" / "metrics.json").read_text())
+    assert metrics["real/accuracy"] == 1.0
+    for scale in (1, 2):
+        names = ("accuracy", "accuracy_shuffled", "fd", "fd_floor", "nearest_drawn", "nearest_test")
+        assert {f"guidance_{scale}/{name}" for name in names} <= set(metrics)
+    rows = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    assert [row["picture"] for row in rows] == ["batch-000004.png", "batch-000008.png"]
+    sheet = Image.open(trained / "samples" / "batch-000008.png")  # plain weights above, averaged ones below
+    assert np.array(sheet).shape == (2 * 33 + 1, 2 * 33 + 1)
+    halves = np.array(sheet)[:34], np.array(sheet)[33:]
+    assert not np.array_equal(*halves)
+    assert "eval/ema_loss" in (trained / "metrics.jsonl").read_text()
+
+
+def test_stopping_and_going_on_gives_the_same_bits(trained, data, judge, tmp_path, monkeypatch):
+    again, real = config(data, tmp_path, "--judge", str(judge)), loop._update
+    calls = []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_update", update)
+    with pytest.raises(Interrupted, match="stopped after step 5"):
+        main(again)
+    main(again)
+    first, second = weights(trained), weights(tmp_path)  # these are the averaged ones
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(calls) == 8
+    pictures = [(f / "samples" / "batch-000008.png").read_bytes() for f in (trained, tmp_path)]  # plain and averaged
+    assert pictures[0] == pictures[1]
+
+
+def test_a_directory_draws_on_request(trained, tmp_path):
+    run = lambda *words: CliRunner().invoke(app, ["vision", "sample", str(trained / "model"), *words])  # noqa: E731
+    out, sheet, gif = tmp_path / "out", tmp_path / "sheet.png", tmp_path / "all.gif"
+    words = ["--caption", "a bar", "--caption", "a ring", "--num", "3", "--out", str(out), "--steps", "2"]
+    found = run(*words, "--sheet", str(sheet), "--gif", str(gif), "--guidance", "2", "--sampler", "heun")
+    assert found.output == f"6 images written to {out}\n"
+    assert [Image.open(file).size for file in sorted(out.iterdir())] == [(8, 8)] * 6
+    assert Image.open(gif).n_frames == 2
+    assert Image.open(sheet).size == (3 * 33 + 1, 2 * 33 + 1)
+    found = run("--out", str(out))
+    assert (found.exit_code, "draws after a text: say what, with --caption" in found.output) == (2, True)
+    found = run("--caption", "a bar", "--out", str(out), "--steps", "2000")
+    assert (found.exit_code, "num_inference_steps is 2000; wanted 1 to 1000" in found.output) == (2, True)
+
+
+def test_a_u_net_after_classes_learns(data, tmp_path):
+    pytest.importorskip("diffusers", reason="the vision extra is not installed")
+    flags = ["--network", "unet", "--unet.widths", "[8, 16]", "--unet.num_layers", "1", "--condition", "class"]
+    flags += ["--process.objective", "v", "--process.schedule", "cosine", "--unet.num_heads", "2"]
+    flags += ["--train.max_steps", "10", "--train.learning_rate", "1e-2", "--train.eval_steps", "5"]
+    folder = main(config(data, tmp_path / "run", *flags))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses[-1] < losses[0]
+    sample = ["vision", "sample", str(folder / "model"), "--out", str(tmp_path / "out"), "--num", "1", "--caption"]
+    assert CliRunner().invoke(app, [*sample, "ring"]).exit_code == 0
+    found = CliRunner().invoke(app, [*sample, "a ring"])
+    assert (found.exit_code, "the model knows no class a ring. It knows bar, ring" in found.output) == (2, True)
+
+
+def test_nothing_to_be_drawn_after_is_a_condition_too(data, tmp_path):
+    folder = main(config(data, tmp_path / "run", "--condition", "none", "--train.max_steps", "2"))
+    sample = ["vision", "sample", str(folder / "model"), "--out", str(tmp_path / "out"), "--num", "2"]
+    assert CliRunner().invoke(app, sample).exit_code == 0
+    found = CliRunner().invoke(app, [*sample, "--guidance", "2"])
+    assert (found.exit_code, "the model has no condition: only 1 goes" in found.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--caption", "null"), "have no caption, the first is .* or --caption 'a photo of {}'"),
+        (("--preprocess.size", "10"), "10 x 10 are not filled by squares of 4"),
+        (("--network", "unet", "--preprocess.size", "9"), "cannot be halved 1 times"),
+        (("--condition", "none", "--sampling.guidance_scale", "2"), "sampling.guidance_scale 2.0: the model has no"),
+        (("--drop_condition", "0", "--sampling.guidance_scale", "2"), "never sees its condition left out"),
+        (("--freeze_text",), "freeze_text: a new reader has to learn"),
+        (("--process.objective", "eps"), "objective eps with schedule straight: wanted flow with straight"),
+        (("--text_model", "nowhere"), "nowhere"),
+        (("--judge", "nowhere"), "nowhere"),
+        (("--caption_length", "2"), "captions have 2 tokens or more"),
+    ],
+)
+def test_what_cannot_work_is_said(data, tmp_path, flags, message):
+    with pytest.raises(BadInput, match=message):
+        main(config(data, tmp_path, *flags))
+
+
+def test_a_judge_of_other_images_is_refused(data, judge, tmp_path):
+    with pytest.raises(BadInput, match="sees images with size 8, channels 1, resize pad, these have size 16"):
+        main(config(data, tmp_path, "--judge", str(judge), "--preprocess.size", "16"))
