@@ -3,9 +3,10 @@
     hidden[t] = tanh(H [e(w[t-window+1]), ..., e(w[t])] + d)        p(w[t+1] | window) = softmax(U hidden[t])
 
 An n-gram model of order `window` + 1 in which tokens are vectors e, so that what is learnt of one token serves its
-likes; e is sqrt(D) times the token's row of the table, which as an output layer is small. Before the start of a sequence, and of a document where `document_ids` are given, the vectors are zero. U is the
-table of the vectors themselves, or its own with tie_word_embeddings=False as in the paper; of the paper's optional
-parts neither direct connections nor output biases are here.
+likes. e is sqrt(D) times the token's row of the table, which as an output layer is small. Before the start of a
+sequence, and of a document where `document_ids` are given, the vectors are zero. U is the table itself, or another with
+tie_word_embeddings=False as in the paper; of the paper's optional parts neither direct connections nor output biases
+are here.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
