@@ -78,7 +78,7 @@ def main(config: EvaluationConfig) -> Path:
         validation = Shards.open(config.shards / "validation")
         documents = {"batch_size": 32, "document_offsets": validation.document_offsets}
         for name, model in models.items():
-            context = min(model.config.max_position_embeddings, MAX_CONTEXT)
+            context = min(getattr(model.config, "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
             measured = bits_per_byte(model, validation.tokens, tokenizer, context, **documents)
             metrics[f"bits_per_byte/{name}"] = measured["bits_per_byte"]
         stage.say("\n".join(compare.table(metrics, list(answers))))

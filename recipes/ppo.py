@@ -83,7 +83,7 @@ def main(config: PPOStageConfig) -> Path:
             train_dataset=prompts,
             eval_dataset=heldout and heldout.select(range(min(config.num_eval_prompts, len(heldout)))),
             processing_class=tokenizer,
-            peft_config=peft_config(config.lora, "CAUSAL_LM"),
+            peft_config=peft_config(config.lora, "CAUSAL_LM", model),
             ptx_dataset=load_text(config.ptx, model, tokenizer) if config.ptx else None,
             output_dir=stage.directory,
             evaluation=gold,

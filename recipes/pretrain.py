@@ -1,8 +1,7 @@
 """Pretraining: a language model from nothing, or from an existing one, on token shards.
 
 Reads   --tokenizer and --shards, as the tokenizer stage writes them; --init_from, a model; --embeddings, word vectors
-Writes  output_dir/model, a plain Hugging Face directory with tokenizer and chat template; metrics.jsonl, samples.jsonl;
-        with --train.ema_decay the averaged weights beside it, as model_ema
+Writes  output_dir/model, a Hugging Face directory with tokenizer and chat template; model_ema where --train.ema_decay
 
     python recipes/pretrain.py --train.max_steps 1000
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/pretrain.py --config my.yaml
@@ -16,24 +15,24 @@ from pydantic import model_validator
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.models.presets import ModelConfig
 from lmkit.stage import Stage, run
+from lmkit.training import objectives
 from lmkit.training.lora import LoraOptions
 from lmkit.training.options import TrainConfig
-
-SHARDS = Path("runs/tiny/tokenizer/shards")
 
 
 class PretrainConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/pretrain"), "where the stage writes")
     tokenizer: Path = setting(Path("runs/tiny/tokenizer/tokenizer"), "tokenizer directory")
-    shards: Path | list[Path] = source(SHARDS, "folders with splits train and validation; the first's is validated on")
+    shards: Path | list[Path] = source(Path("runs/tiny/tokenizer/shards"), "folders of splits train and validation")
     weights: list[float] = setting([], "share of the samples from each of several shards; empty: by their size")
     init_from: str | None = source(None, "model to go on training: folder or hub:NAME@REVISION; empty: a fresh one")
     embeddings: Path | None = source(None, "word vectors that a fresh model starts from; empty: none")
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh, and the length of its blocks")
     lora: LoraOptions = setting(LoraOptions(), "adapters, merged at the end")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
+    objective: objectives.Name = setting("next_token", "what is learnt from a block")
     packing: Literal["stream", "bos_bestfit", "pad"] = setting(
-        "pad", "blocks: the corpus cut anywhere, whole documents side by side, or one document each"
+        "pad", "blocks: cut anywhere, of whole documents, of one"
     )
     document_mask: bool = setting(False, "no token sees another document of its block")
     z_loss: float = setting(0.0, "weight of the squared log normaliser in a token's loss", ge=0)
@@ -46,6 +45,7 @@ class PretrainConfig(StageConfig):
             raise ValueError("lora: adapts the model that init_from names, in full precision")
         if self.init_from and (self.model.depth or self.embeddings):
             raise ValueError("model.depth, embeddings: for a fresh model; leave them out with init_from")
+        objectives.check(self.objective, self.model, self.document_mask)
         return self
 
 
@@ -74,12 +74,13 @@ def main(config: PretrainConfig) -> Path:
     folders = config.shards if isinstance(config.shards, list) else [config.shards]
     how = {"packing": config.packing, "document_mask": config.document_mask, "weights": config.weights}
     data = open_mixture(folders, "train", tokenizer, context_length, seed=config.seed, **how)
-    validation = Shards.open(folders[0] / "validation")
-    held_out = HeldOut.start_of(validation, config.validation_tokens, tokenizer, context_length)
     torch.manual_seed(config.seed)
     start = lambda: load_to_continue(config.init_from, tokenizer, context_length)  # noqa: E731
     model = start() if config.init_from else build_model(config.model, tokenizer, config.embeddings)
-    adapted = get_peft_model(model, peft_config(config.lora, "CAUSAL_LM")) if config.lora.r else model
+    objective = objectives.Objective(config.objective, model.config, tokenizer, context_length, config.seed)
+    validation = Shards.open(folders[0] / "validation"), config.validation_tokens
+    held_out = HeldOut.start_of(*validation, tokenizer, context_length, objective)
+    adapted = get_peft_model(model, peft_config(config.lora, "CAUSAL_LM", model)) if config.lora.r else model
     accelerator = loop.make_accelerator(config.train.bf16, model.config.hidden_size)
     train = dial.by_depth(config.train, config.model, len(tokenizer), accelerator.num_processes)
     ema = EMA(train.ema_decay) if train.ema_decay else None
@@ -100,7 +101,7 @@ def main(config: PretrainConfig) -> Path:
         options |= {"ema": ema, "flops_per_token": flops_per_token(model, context_length)}
         options["sample"] = lambda: held_out.continuations(model, config.seed)
         with packed_attention(model):
-            metrics = loop.fit(CausalLMLoss(model, config.z_loss), data.fetch, data.num_samples, train, **options)
+            metrics = loop.fit(CausalLMLoss(model, config.z_loss), *objective.reading(data), train, **options)
         if accelerator.is_main_process:
             metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
             lines = baselines(data.corpora[0].tokens, held_out.tokens, tokenizer, config.ngram_orders)

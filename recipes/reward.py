@@ -96,7 +96,7 @@ def main(config: RewardStageConfig) -> Path:
             train_dataset=dataset,
             eval_dataset=heldout,
             processing_class=tokenizer,
-            peft_config=peft_config(config.lora, "SEQ_CLS"),
+            peft_config=peft_config(config.lora, "SEQ_CLS", model),
         )
         train(trainer)
         device = trainer.model.device

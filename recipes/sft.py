@@ -103,7 +103,7 @@ def main(config: SFTStageConfig) -> Path:
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            peft_config=peft_config(config.lora, "CAUSAL_LM"),
+            peft_config=peft_config(config.lora, "CAUSAL_LM", model),
         )
         train(trainer, sample)
         loss = final_evaluation(trainer)["eval_loss"]

@@ -75,6 +75,8 @@ def beaten_by(bits_per_byte: float, lines: Mapping[str, float]) -> list[str]:
 
 def verdict(scores: Mapping[str, float], lines: Mapping[str, float]) -> str:
     """What `HeldOut` and `baselines` found, as lines for a person, with a warning where the model is beaten."""
+    if "eval/bits_per_byte" not in scores:
+        return f"held-out {scores['eval/nats_per_token']:.4f} nats for each token asked for; no model of the next token"
     text = (
         f"validation bits per byte {scores['eval/bits_per_byte']:.4f}, perplexity {scores['eval/perplexity']:.3f} per "
         f"token (context {scores['eval/context_length']}, stride {scores['eval/stride']}); "

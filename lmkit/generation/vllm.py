@@ -36,6 +36,11 @@ class VLLMSampler:
         sleep: bool = True,
         dtype: str = "bfloat16",
     ):
+        if type(model).__module__.startswith("lmkit."):
+            raise BadInput(
+                f"use_vllm: vLLM does not know {type(model).__name__}, which is lmkit's own. Leave use_vllm out: "
+                "lmkit's own sampler runs everywhere."
+            )
         if importlib.util.find_spec("vllm") is None:
             raise BadInput(
                 "use_vllm is set and vLLM is not installed; it needs a GPU. Install it with pip install -e .[vllm], or "

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lmkit.errors import BadInput
 from lmkit.models.language_model import WithOutputLayer
 
 if TYPE_CHECKING:
@@ -128,13 +129,16 @@ class RecurrentModel(RecurrentPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         backward_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids: [B, T]. attention_mask: [B, T] or [B, seen + T], 0 at padding, which may stand anywhere.
 
         backward_ids: [B, T'], tokens as the second stack of a bidirectional model reads them, the last one of the text
-        first; its hidden states follow the others along T.
+        first; its hidden states follow the others along T. Raises BadInput for document_ids.
         """
+        if document_ids is not None:
+            raise BadInput("document_mask: a state goes on from one document to the next. Use packing pad.")
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = Cache(layers=[State() for _ in self.layers])

@@ -35,10 +35,20 @@ class LoraOptions(Config):
         return self
 
 
-def peft_config(options: LoraOptions, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """The `peft.LoraConfig` for a TRL trainer, None without adapters. The head of a reward model is trained whole."""
+def peft_config(
+    options: LoraOptions, task: Literal["CAUSAL_LM", "SEQ_CLS"], model: PreTrainedModel | None = None
+) -> Any:
+    """The `peft.LoraConfig` for a TRL trainer, None without adapters. The head of a reward model is trained whole.
+
+    Raises BadInput for a recurrent `model`, whose cells are no linear layers.
+    """
     if options.r is None:
         return None
+    if model is not None and model.config.model_type == "lmkit_recurrent":
+        raise BadInput(
+            f"lora.r {options.r}: adapters go beside linear layers, and a recurrent model ({model.config.cell}) has "
+            "none but its output. Leave lora out: all weights of a model this small can be trained."
+        )
     from peft import LoraConfig
 
     head = ["score"] if task == "SEQ_CLS" else None

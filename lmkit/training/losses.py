@@ -84,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class CausalLMLoss(nn.Module):
-    """A causal language model as the loop trains it: forward(batch) -> (sum of the tokens' losses, number of tokens).
+    """A language model as the loop trains it: forward(batch) -> (sum of the tokens' losses, number of tokens).
 
     The logits are never returned: mixed-precision wrappers copy what a forward returns to float32. A cap on the logits
     is the model's own (`final_logit_softcapping`); z_loss is added to each token's loss while training.
@@ -102,10 +102,11 @@ class CausalLMLoss(nn.Module):
         self.model, self.z_loss = model, z_loss
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """input_ids, labels: [B, T]; labels[b, t] is the token after input_ids[b, t], or -100 where none counts."""
-        documents = {} if document_ids is None else {"document_ids": document_ids}
+    def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids: [B, T]. labels: a token for each hidden state that the backbone returns, [B, T] or as many as the
+        objective asks for; labels[b, t] is the token after input_ids[b, t], or -100 where none counts. inputs: others
+        that the backbone takes, as document_ids."""
         # With a cache transformers keeps keys and values during training and drops masks between packed documents.
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **documents).last_hidden_state
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         weight, options = self.model.get_output_embeddings().weight, {"z_loss": self.z_loss, "softcap": self.softcap}
         return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), **options)
