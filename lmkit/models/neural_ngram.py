@@ -3,10 +3,9 @@
     hidden[t] = tanh(H [e(w[t-window+1]), ..., e(w[t])] + d)        p(w[t+1] | window) = softmax(U hidden[t])
 
 An n-gram model of order `window` + 1 in which tokens are vectors e, so that what is learnt of one token serves its
-likes. e is sqrt(D) times the token's row of the table, which as an output layer is small. Before the start of a
-sequence, and of a document where `document_ids` are given, the vectors are zero. U is the table itself, or another with
-tie_word_embeddings=False as in the paper; of the paper's optional parts neither direct connections nor output biases
-are here.
+likes. Before the start of a sequence, and of a document where `document_ids` are given, the vectors are zero. U is the
+table of the vectors, or another with tie_word_embeddings=False as in the paper; of the paper's optional parts neither
+direct connections nor output biases are here.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -95,9 +94,7 @@ class NeuralNGramModel(NeuralNGramPreTrainedModel):
         document_ids: [B, T] integers, equal where two tokens of a row belong to the same document. With a cache the
         vectors seen before are its keys; there are no values.
         """
-        vectors = inputs_embeds
-        if vectors is None:
-            vectors = self.embed_tokens(input_ids) * self.config.hidden_size**0.5
+        vectors = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_new, window = vectors.shape[1], self.config.window
         if attention_mask is not None:
             vectors = vectors * attention_mask[:, -num_new:, None].to(vectors.dtype)
