@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class NeuralNGramConfig(PreTrainedConfig):
     """window: tokens that a prediction sees. hidden_size: width D of the vectors and of the tanh layer."""
 
     model_type = "neural_ngram"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 1024
     hidden_size: int = 128

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D width, L layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class RecurrentConfig(PreTrainedConfig):
     """cell: rnn (tanh), gru or lstm. bidirectional: a second stack of LSTMs that reads from the end, ELMo's."""
 
     model_type = "lmkit_recurrent"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 1024
     hidden_size: int = 128
