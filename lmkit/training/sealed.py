@@ -10,6 +10,7 @@ at any moment leaves the checkpoint before it; resuming takes the newest one tha
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,8 +37,10 @@ def arguments(cls: type, train: dict[str, Any], stage: Stage, max_length: int | 
     """The `SFTConfig` or `RewardConfig` of a stage: what fits the device, then `train`, then what the stage decides.
 
     Without a GPU training is in float32 on the CPU; with one that can, in bfloat16. Raises BadInput when the class
-    refuses the values. max_length: of a row into which several are packed; rows that are not packed fit already.
+    refuses the values, or the launcher asked for shards that these trainers do not share with lmkit. max_length: of a
+    row into which several are packed; rows that are not packed fit already.
     """
+    _check_launcher(cls)
     processes.join()  # transformers would wait for a hung process for half an hour on a CPU
     gpu = torch.cuda.is_available()
     device = {
@@ -59,6 +62,21 @@ def arguments(cls: type, train: dict[str, Any], stage: Stage, max_length: int | 
             return cls(**(device | train | decided))
     except (ValueError, TypeError) as error:
         raise BadInput(f"train: {cls.__name__} refuses these values: {error}") from None
+
+
+def _check_launcher(cls: type) -> None:
+    if processes.is_set("ACCELERATE_USE_FSDP"):
+        raise BadInput(
+            "the launcher asked for FSDP, which serves pretrain, ppo and vision alone: this stage samples from the "
+            "whole model and saves it, and on a CPU Accelerate would turn FSDP silently into DDP. Launch it with "
+            "accelerate_configs/ddp.yaml or zero2.yaml."
+        )
+    if _is_zero3() and cls.__name__ == "RewardConfig":
+        raise BadInput("a reward model is centred and judged whole, which ZeRO-3 has nowhere: launch with zero2.yaml.")
+
+
+def _is_zero3() -> bool:
+    return processes.is_set("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 class SealedCheckpoints:
@@ -147,7 +165,7 @@ class _Progress(TrainerCallback):
             self.tracker.log(state.global_step, metrics, tokens=tokens if "loss" in metrics else None)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.sample is not None and self.trainer.accelerator.is_main_process:
+        if self.sample is not None and self.trainer.accelerator.is_main_process and not _is_zero3():
             rows = self.sample()
             self.tracker.sample(state.global_step, rows)
             self.trainer.stage.say(f"sample: {rows[0]['prompt']} -> {rows[0]['completion']}")

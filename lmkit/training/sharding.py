@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -79,15 +79,20 @@ def plain_accelerator(mixed_precision: str) -> Accelerator:
 def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
     """What training calls and updates: the module in DDP, its sharded double, or with one process the module itself.
 
-    Build optimisers on what is returned. After it a sharded module is empty outside of `whole`.
+    Build optimisers on what is returned. After it a sharded module is empty outside of `whole`. A module of which some
+    updates leave parameters out says so by `leaves_parameters_out`; BadInput where it is to be sharded.
     """
-    sharding = asked_sharding(accelerator.num_processes)
+    sharding, leaves_out = asked_sharding(accelerator.num_processes), getattr(module, "leaves_parameters_out", False)
     if sharding is None:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=leaves_out)
         if torch_compile:
             module.compile(dynamic=False)
         return accelerator.prepare_model(module)
-    for tensor in (*module.parameters(), *module.buffers()):  # as DDP does: all start from the first one's
-        torch.distributed.broadcast(tensor.data, 0)
+    if leaves_out:
+        raise BadInput("a model whose parts learn in turn cannot be sharded; launch with accelerate_configs/ddp.yaml.")
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()  # what is channels last cannot be sharded
+        torch.distributed.broadcast(tensor.data, 0)  # as DDP does: all start from the first one's
     # The double shares all tensors, so that sharding it copies no more than a block at a time.
     tensors = [*module.parameters(), *module.buffers()]
     double = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -193,6 +193,11 @@ class Classification(nn.Module):
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         return loss, torch.tensor(float(len(labels)), device=loss.device)
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """Whether parameters that learn have no gradient in some updates; see `lmkit.training.sharding.prepare`."""
+        return self.mode == "gradual"
+
     def _still_body(self) -> None:
         still = self.mode == "frozen" or (self.mode == "gradual" and self.batches_seen < self.head_batches)
         if self.mode == "gradual":

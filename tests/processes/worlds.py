@@ -1,16 +1,19 @@
 """Several processes as a launcher would start them, forked from a server that has imported everything."""
 
+import importlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import PrepareForLaunch  # noqa: F401 - imported before the launcher's modules need it
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from tests.faults.harness import ROOT, serve
+from lmkit.stage import run
+from tests.faults.harness import PRELOAD, ROOT, config_class, serve
 
+VISION = ["sklearn.datasets", "sklearn.metrics", "matplotlib.pyplot", "lmkit.vision.classifier", "lmkit.vision.data"]
 CONFIGS = ROOT / "accelerate_configs"
 
 
@@ -39,11 +42,19 @@ def task_in_world(environment, log, task, arguments):
         torch.distributed.destroy_process_group()
 
 
+def recipe(name, *argv):
+    """A task: `python recipes/NAME.py ARGV`."""
+    sys.argv = [f"recipes/{name}.py", *map(str, argv)]
+    module = importlib.import_module(name.replace("/", "."))
+    run(module.main, config_class(module), module.__doc__)
+
+
 class Worlds:
     """Runs tasks (functions of a module under tests/) in any number of processes."""
 
     def __init__(self, folder):
         self.context, self.folder, self.number = serve(), Path(folder), 0
+        self.context.set_forkserver_preload(PRELOAD + VISION)
 
     def run(self, num_processes, task, *arguments, config=None, **environment):
         """Runs `task(*arguments)` in so many processes that know of each other; all have to end well.

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from lmkit.errors import BadInput
 from lmkit.models.presets import ModelConfig, transformers_config
-from lmkit.training import loop, sharding
+from lmkit.training import loop, sealed, sharding
 from lmkit.training.losses import CausalLMLoss
 from lmkit.training.sharding import Sharding, asked_sharding
 
@@ -84,3 +84,15 @@ def test_an_emptied_module_is_filled_for_a_block_or_for_good():
     sharding.fill(module, source)
     assert torch.equal(module(inputs), source(inputs))
     assert module[0].weight.dtype == torch.float32
+
+
+def test_what_trl_trains_is_not_sharded_by_fsdp_nor_a_reward_model_by_zero3(launcher):
+    class RewardConfig:
+        """Never made: the launcher is looked at first."""
+
+    launcher(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+    with pytest.raises(BadInput, match=r"centred and judged whole.*zero2\.yaml"):
+        sealed.arguments(RewardConfig, {}, None)
+    launcher(**FSDP2)
+    with pytest.raises(BadInput, match=r"asked for FSDP, which serves pretrain, ppo and vision alone.*ddp\.yaml"):
+        sealed.arguments(RewardConfig, {}, None)
