@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from lmkit.errors import BadInput
+from lmkit.models.attention import NAME
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
     For the one query a row of a decoding step they take half the time of the fused kernel, in bfloat16 a quarter.
     """
     before = model.config._attn_implementation
-    if model.device.type != "cpu" or before != "sdpa":
+    if model.device.type != "cpu" or before not in ("sdpa", NAME):
         yield
         return
     model.set_attn_implementation("eager")

@@ -31,6 +31,11 @@ class Roles:
     lora: PeftModel | None
     reward: Reward
 
+    def models(self) -> list[PreTrainedModel]:
+        """Policy, critic and reference, those that are models of their own."""
+        found = (self.actor_critic.policy, self.actor_critic.critic, self.reference)
+        return [model for model in found if isinstance(model, PreTrainedModel)]
+
     def ref_logprobs(self, *inputs: Tensor, temperature: float) -> Tensor:
         """The reference's log-probabilities of the target tokens: see `ActorCritic.forward`. float32 [N]."""
         if self.reference is not None:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lmkit.data.blocks import Blocks
 from lmkit.errors import BadInput
-from lmkit.models.attention import causal_attention, packed_attention
+from lmkit.models.attention import causal_attention, faster_attention, packed_attention
 from lmkit.models.presets import ModelConfig, transformers_config
 from lmkit.training.losses import CausalLMLoss
 
@@ -144,3 +144,18 @@ def test_attention_of_another_kind_is_refused():
     query = torch.zeros(1, 2, 4, 8)
     with pytest.raises(BadInput, match="asks for softcap, which training on packed rows does not have"):
         causal_attention(model, query, query, query, None, softcap=50.0)
+
+
+def test_the_faster_attention_is_for_plain_models_in_bfloat16_on_a_cpu():
+    plain, sliding = make_model(), make_model(layer_types=["sliding_attention"] * 2, sliding_window=8)
+    tokens = torch.randint(0, 512, (2, 9))
+    expected = plain(input_ids=tokens, use_cache=False).logits
+    for precision, name in (("bf16", "lmkit"), ("no", "sdpa")):
+        accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
+        with faster_attention(accelerator, plain, sliding):
+            assert [m.config._attn_implementation for m in (plain, sliding)] == [name, "sdpa"]
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                found = plain(input_ids=tokens, use_cache=False).logits.float()
+        tolerance = 0.02 if precision == "bf16" else 0
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    assert plain.config._attn_implementation == "sdpa"

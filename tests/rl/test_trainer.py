@@ -79,7 +79,13 @@ def test_first_ratio_in_bfloat16_stays_near_1(make):
         exact = target_logprobs(trainer.roles.reference, *rollout.model_inputs(), 1.0)
     assert 1e-3 < (rollout.logprobs[rollout.mask] - exact).abs().max() < 0.5
     assert torch.allclose(rollout.sampled_logprobs, rollout.logprobs, atol=0.1)
+    implementations = []
+    trainer.actor_critic.policy.base_model.register_forward_hook(
+        lambda module, *_: implementations.append(module.config._attn_implementation)
+    )
     trainer.train()
+    assert set(implementations) == {"lmkit", "eager"}  # the faster attention, and the one for decoding
+    assert trainer.actor_critic.policy.config._attn_implementation == "sdpa"
     assert max(row["val/first_ratio_error"] for row in logged(trainer)) < 2e-2
     assert {p.dtype for p in trainer.actor_critic.parameters()} == {torch.float32}
 
