@@ -3,9 +3,8 @@
 Reads   --corpus (text, JSONL or Parquet; files, a folder, or a glob), --validation (the same) or a share of the corpus
 Writes  output_dir/tokenizer (a Hugging Face tokenizer directory), output_dir/shards/{train,validation}
 
-    python recipes/tokenizer.py
     python recipes/tokenizer.py --corpus my/texts --vocab_size 32768 --output_dir runs/mine/tokenizer
-    python recipes/tokenizer.py --corpus my/texts --tokenizer path/of/a/tokenizer --output_dir runs/mine/tokenizer
+    python recipes/tokenizer.py --corpus my/texts --tokenizer path/of/a/tokenizer --part 2/8 --output_dir runs/mine/2
 """
 
 import itertools
@@ -17,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
+from lmkit.data.parts import check_part
 from lmkit.errors import BadInput
 from lmkit.processes import require_one
 from lmkit.stage import Stage, run
@@ -30,9 +30,8 @@ class TokenizerConfig(StageConfig):
     corpus: str | list[str] = source(CORPUS, "texts to learn from and encode: files, a folder, or hub:NAME@REVISION")
     validation: str | list[str] | None = source(VALIDATION, "held-out texts; of a corpus of your own: a share")
     validation_fraction: float = setting(0.02, "the share held out when no validation is given", gt=0, lt=1)
-    document_separator: str | None = setting(
-        "\n\n", "what divides a text file into documents: a line of this text, or blank lines; null: nothing"
-    )
+    document_separator: str | None = setting("\n\n", "what divides a text file: blank lines, or a line; null: nothing")
+    part: str | None = setting(None, "as 2/8: encode this part of the corpus, and others elsewhere; needs a tokenizer")
     tokenizer: Path | None = source(None, "take this tokenizer directory instead of training one")
     vocab_size: Annotated[int, AfterValidator(check_vocab_size)] = setting(1024, "ids in all; a multiple of 128")
     kind: Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = setting("bpe", "byte-level or SentencePiece")
@@ -55,6 +54,7 @@ class TokenizerConfig(StageConfig):
 
 def main(config: TokenizerConfig) -> Path:
     require_one("tokenizer.py, whose --num_processes encode the corpus,")
+    check_part(config.part, config.tokenizer)
     stage = Stage("tokenizer", config)
     if stage.finished:
         return stage.directory
@@ -68,12 +68,11 @@ def main(config: TokenizerConfig) -> Path:
 
     def documents(split: str) -> Iterator[str]:
         """One pass over a split; documents held out of the corpus are chosen by their text."""
-        own = split == "validation" and config.validation is not None
-        options = {"document_separator": config.document_separator, "streaming": config.streaming}
-        corpus = read_text(config.validation if own else config.corpus, **options)
-        if config.validation is not None:
-            return corpus
-        return (d for d in corpus if in_validation(d, config.validation_fraction) == (split == "validation"))
+        options = {name: getattr(config, name) for name in ("document_separator", "streaming", "part")}
+        if config.validation is not None and split == "validation":
+            return read_text(config.validation, **options | {"part": None})
+        corpus, fraction = read_text(config.corpus, **options), config.validation_fraction * (config.validation is None)
+        return (d for d in corpus if in_validation(d, fraction) == (split == "validation"))
 
     # Reads everything once before anything is made: a file that cannot be read is found here.
     num_documents = {split: sum(1 for _ in documents(split)) for split in ("train", "validation")}
@@ -100,7 +99,8 @@ def main(config: TokenizerConfig) -> Path:
             tokenizer.save_pretrained(folder)
         with stage.seal("shards") as folder:
             for split in num_documents:
-                meta = write_shards(watched(documents(split)), tokenizer, folder / split, config.num_processes).meta
+                how = tokenizer, folder / split, config.num_processes, config.part
+                meta = write_shards(watched(documents(split)), *how).meta
                 facts |= {f"{split}/{key}": value for key, value in meta.items()}
                 counts = ", ".join(f"{meta[f'num_{unit}']:,} {unit}" for unit in ("tokens", "documents", "bytes"))
                 stage.say(f"{split}: {counts}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmkit.data.blocks import Blocks, Packing
 from lmkit.data.order import shuffled
+from lmkit.data.parts import check_complete
 from lmkit.data.shards import Shards
 from lmkit.errors import BadInput
 
@@ -88,8 +89,12 @@ def open_mixture(
     weights: Sequence[float],
     seed: int,
 ) -> Mixture:
-    """The mixture of one split of the shards in `folders`; BadInput when another tokenizer made one of them."""
+    """The mixture of one split of the shards in `folders`.
+
+    BadInput when another tokenizer made one of them, or when they are parts of a corpus and not all of its parts.
+    """
     corpora = [Shards.open(folder / split) for folder in folders]
+    check_complete([shards.meta for shards in corpora])
     for shards in corpora:
         shards.check_tokenizer(tokenizer)
     return Mixture([Blocks(shards, context_length, packing, document_mask) for shards in corpora], weights, seed)

@@ -98,13 +98,18 @@ def in_validation(document: str, fraction: float) -> bool:
 
 
 def write_shards(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, directory: Path, num_processes: int = 1
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    num_processes: int = 1,
+    part: str | None = None,
 ) -> Shards:
     """Encodes documents into the folder `directory`, each followed by the tokenizer's end-of-text token.
 
     The ids are the tokenizer's for plain text: the name of a special token in a document is spelled out. The result
     does not depend on `num_processes`, and memory does not depend on the size of the corpus. Blank documents are left
-    out; BadInput when nothing is left, or when the tokenizer has no end-of-text token.
+    out; BadInput when nothing is left, or when the tokenizer has no end-of-text token. part: which of several machines'
+    documents these are, for the record; see `lmkit.data.parts`.
     """
     if tokenizer.eos_token_id is None:
         raise BadInput(f"The tokenizer {tokenizer.name_or_path} has no eos_token to put between documents. Set one.")
@@ -128,7 +133,7 @@ def write_shards(
         "end_of_text_id": tokenizer.eos_token_id,
         "vocab_size": len(tokenizer),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
-    }
+    } | ({"part": part} if part else {})
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return Shards.open(directory)
 

@@ -21,6 +21,7 @@ from datasets.table import InMemoryTable
 
 from lmkit.artifact import MANIFEST, verify
 from lmkit.data.formats import OnBad, to_preferences, to_prompt_completion, to_prompts
+from lmkit.data.parts import parse, share
 from lmkit.data.strict import ROW_SUFFIXES, data_suffix, open_parquet, read_lines, read_rows, refuse
 from lmkit.errors import BadInput
 
@@ -35,6 +36,7 @@ def read_text(
     document_separator: str | None = "\n\n",
     on_bad: OnBad = "error",
     streaming: bool = False,
+    part: str | None = None,
 ) -> Iterator[str]:
     """Documents of files, folders (all .txt .jsonl .parquet below them) and patterns, in the order of their names.
 
@@ -49,14 +51,18 @@ def read_text(
         file and line; "skip" leaves out such lines and warns with their number. Files that cannot be read, or have
         no document at all, are BadInput either way.
     streaming: read a hub name over the network in each pass; otherwise it is downloaded once, and read from the disk.
+    part: "2/8" gives the second of eight parts: every eighth file, or every eighth document where files are fewer.
     """
     if on_bad not in ("error", "skip"):
         raise BadInput(f'on_bad is {on_bad!r}; wanted "error" or "skip".')
     if document_separator is not None and not document_separator.strip(" \t"):
         raise BadInput(f"document_separator is {document_separator!r}; wanted newlines, the text of a line, or null.")
     if isinstance(paths, str) and paths.startswith("hub:"):
-        return _column_text(paths, streaming)
-    return _documents(_find(paths, TEXT_SUFFIXES), document_separator, on_bad)
+        return share(_column_text(paths, streaming), part)
+    files = _find(paths, TEXT_SUFFIXES)
+    if part and len(files) < parse(part)[1]:
+        return share(_documents(files, document_separator, on_bad), part)
+    return _documents([*share(files, part)], document_separator, on_bad)
 
 
 def load_rows(source: Source | list[Source], on_bad: OnBad = "error") -> Dataset:

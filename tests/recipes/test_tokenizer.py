@@ -13,7 +13,9 @@ from tokenizer import TokenizerConfig, main
 from transformers import AutoTokenizer
 
 from lmkit.config import load
+from lmkit.data.mixture import open_mixture
 from lmkit.data.shards import Shards
+from lmkit.data.sources import read_text
 from lmkit.errors import BadInput
 from lmkit.stage import read_record, run
 from lmkit.tokenization.chat import encode_text, stop_token_ids
@@ -207,3 +209,44 @@ def test_a_vocabulary_the_corpus_cannot_fill_is_refused(tmp_path, corpus):
     meta = json.loads((directory / "shards/train/meta.json").read_text())
     assert meta["vocab_size"] == len(AutoTokenizer.from_pretrained(directory / "tokenizer")) < 8192
     assert read_record(directory)["metrics"]["num_learnt"] == reached - 20
+
+
+def test_machines_encode_parts_of_a_corpus_that_are_together_the_whole(tmp_path, corpus):
+    whole = main(config(tmp_path, corpus))
+    given = {"tokenizer": whole / "tokenizer", "validation_fraction": 0.2}
+    with pytest.raises(BadInput, match="part 1/3 needs --tokenizer"):
+        main(config(tmp_path, corpus, part="1/3"))
+    with pytest.raises(BadInput, match="part '4/3': wanted k/n"):
+        main(config(tmp_path, corpus, part="4/3", **given))
+    alone = Shards.open(main(config(tmp_path, corpus, output_dir=tmp_path / "alone", **given)) / "shards/train")
+    parts = [
+        main(config(tmp_path, corpus, output_dir=tmp_path / f"part-{k}", part=f"{k}/3", **given)) / "shards"
+        for k in (1, 2, 3)
+    ]
+    tokenizer, how = AutoTokenizer.from_pretrained(whole / "tokenizer"), {"packing": "pad", "document_mask": False}
+
+    def mixture(folders):
+        return open_mixture(folders, "train", tokenizer, 64, weights=[], seed=0, **how)
+
+    def texts(shards):
+        pieces = np.split(shards.tokens, shards.document_offsets[1:-1])
+        return sorted(piece.tobytes() for piece in pieces)
+
+    opened = [Shards.open(folder / "train") for folder in parts]
+    assert sorted(text for shards in opened for text in texts(shards)) == texts(alone)
+    assert len(mixture(parts)) == alone.meta["num_documents"]
+    with pytest.raises(BadInput, match="part 2/3 is missing"):
+        mixture([parts[0], parts[2]])
+    with pytest.raises(BadInput, match="part 1/3 of a corpus twice"):
+        mixture([*parts, parts[0]])
+    other = main(config(tmp_path, corpus, output_dir=tmp_path / "other", vocab_size=512))
+    with pytest.raises(BadInput, match="encoded by another tokenizer"):
+        mixture([*parts, other / "shards"])
+
+
+def test_parts_are_files_where_there_are_enough_and_documents_where_not(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"a{number}\n\nb{number}")
+    assert list(read_text(tmp_path, part="2/4")) == ["a1", "b1"]
+    assert list(read_text(tmp_path, part="1/3")) == ["a0", "b0", "a3", "b3"]
+    assert list(read_text(tmp_path, part="8/8")) == ["b3"]
