@@ -239,7 +239,7 @@ def test_machines_encode_parts_of_a_corpus_that_are_together_the_whole(tmp_path,
         mixture([parts[0], parts[2]])
     with pytest.raises(BadInput, match="part 1/3 of a corpus twice"):
         mixture([*parts, parts[0]])
-    other = main(config(tmp_path, corpus, output_dir=tmp_path / "other", vocab_size=512))
+    other = main(config(tmp_path, corpus, output_dir=tmp_path / "other", nfc=True))
     with pytest.raises(BadInput, match="encoded by another tokenizer"):
         mixture([*parts, other / "shards"])
 
