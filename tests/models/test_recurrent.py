@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lmkit.generation.chat import stream
 from lmkit.generation.sampler import sample
 from lmkit.models.heads import last_token_scores
 from lmkit.models.presets import ModelConfig, transformers_config
@@ -105,6 +106,10 @@ def test_sampler_and_generate_draw_what_the_whole_row_says(cell):
             logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == new
         assert torch.allclose(logits.log_softmax(-1).max(-1).values, drawn.logprobs[row, : len(new)], atol=1e-5)
+    streamed = stream(
+        model, prompts[1], max_new_tokens=6, stop_token_ids=[11, 30], temperature=0, generator=torch.Generator()
+    )
+    assert list(streamed) == [i for i in drawn.ids(1) if i not in (11, 30)]
     left = torch.tensor([[0] * (7 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (7 - len(p)) + [1] * len(p) for p in prompts])
     text = model.generate(left, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=[11, 30])

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
+    MptConfig,
+    MptForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -120,6 +122,45 @@ def test_llama_and_qwen3_with_shared_keys_and_values(arch):
     options = {"qk_norm": arch == "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": False}
     ours = gated(make(**options), theirs, arch == "qwen3")
     assert torch.allclose(ours(ids(2, 9)).logits, theirs(ids(2, 9)).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mpt_has_alibi():
+    theirs = shaken(MptForCausalLM(MptConfig(vocab_size=40, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)))
+    own = {"norm": "layernorm", "norm_eps": 1e-5, "qk_norm": False, "positions": "alibi", "activation": "gelu"}
+    ours = make(**own, intermediate_size=128)
+    nothing = lambda t: torch.zeros(len(t))  # noqa: E731 - its norms have no bias
+    names = [("model.embed_tokens.weight", "transformer.wte.weight", same)]
+    at = "model.decoder.layers.{}.", "transformer.blocks.{}."
+    norms = {"model.decoder.norm": "transformer.norm_f"}
+    norms |= {f"{at[0]}norms.self_attn": f"{at[1]}norm_1", f"{at[0]}norms.mlp": f"{at[1]}norm_2"}
+    for ours_at, theirs_at in norms.items():
+        names += [*linear(ours_at, theirs_at, False), (f"{ours_at}.bias", f"{theirs_at}.weight", nothing)]
+    for number, part in enumerate("qkv"):
+        third = lambda t, n=number: t.chunk(3)[n]  # noqa: E731
+        names += linear(f"{at[0]}self_attn.{part}_proj", f"{at[1]}attn.Wqkv", False, third)
+    names += linear(f"{at[0]}self_attn.o_proj", f"{at[1]}attn.out_proj", False)
+    for part in ("up_proj", "down_proj"):
+        names += linear(f"{at[0]}mlp.{part}", f"{at[1]}ffn.{part}", False)
+    take(ours, names, theirs.state_dict())
+    assert torch.allclose(ours(ids(2, 30)).logits, theirs(ids(2, 30)).logits, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_branch_is_joined_as_its_placement_says(placement):
+    model = shaken(make(norm_placement=placement, activation="relu2"))
+    layer, x = model.model.decoder.layers[1], torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    inner, norm = layer.mlp, layer.norms["mlp"]
+    branch = lambda y: torch.relu(y @ inner.up_proj.weight.T) ** 2 @ inner.down_proj.weight.T  # noqa: E731
+    expected = {
+        "pre": lambda: x + branch(norm(x)),
+        "post": lambda: norm(x + branch(x)),
+        "deep": lambda: norm(4**0.25 * x + branch(x)),
+        "sandwich": lambda: x + layer.norms_after["mlp"](branch(norm(x))),
+    }
+    assert torch.allclose(layer._join("mlp", x), expected[placement](), atol=1e-5)
+    assert (type(model.model.decoder.norm) is torch.nn.Identity) == (placement in ("post", "deep"))
 
 
 @torch.no_grad()

@@ -7,9 +7,12 @@ from transformers import AutoModelForSequenceClassification
 
 from lmkit.errors import BadInput
 from lmkit.generation.sampler import sample
+from lmkit.generation.vllm import VLLMSampler
+from lmkit.models.gguf_file import write_gguf
 from lmkit.models.heads import ValueHead, classifier_from, last_token_scores, token_scores
 from lmkit.models.load import load_language_model
 from lmkit.models.presets import ModelConfig, build_model
+from lmkit.models.start import load_to_continue
 from lmkit.rl.actor_critic import ActorCritic, check_policy
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.trainer import PPOTrainer
@@ -67,6 +70,11 @@ def test_a_folder_gives_the_model_back_and_a_reward_model(policy, tokenizer, tmp
     loaded, _ = load_language_model(tmp_path)
     ids = torch.arange(4, 9)[None]
     assert torch.allclose(loaded.eval()(ids).logits, policy(ids).logits, atol=1e-6)
+    assert load_to_continue(str(tmp_path), tokenizer, 64).config.model_type == policy.config.model_type
+    with pytest.raises(BadInput, match="GGUF export knows llama and qwen3"):
+        write_gguf(tmp_path, tmp_path / "model.gguf")
+    with pytest.raises(BadInput, match=r"use_vllm: vLLM does not know .*Leave use_vllm out"):
+        VLLMSampler(policy, tokenizer)
     reward = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
     torch.nn.init.ones_(reward.score.weight)
     rows = [[5, 6, 7], [8], [9, 10, 11, 12, 3]]
