@@ -105,7 +105,7 @@ class NeuralNGramModel(NeuralNGramPreTrainedModel):
         vectors = F.pad(vectors, (0, 0, num_new + window - 1 - vectors.shape[1], 0))
         windows = vectors.unfold(1, window, 1)  # [B, T, D, window]
         if document_ids is not None:
-            documents = F.pad(document_ids, (window - 1, 0), value=-2).unfold(1, window, 1)
+            documents = F.pad(document_ids, (window - 1, 0)).unfold(1, window, 1)
             windows = windows * (documents == document_ids[..., None])[:, :, None]
         hidden = torch.tanh(self.window_layer(windows.flatten(2)))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)

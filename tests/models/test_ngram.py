@@ -134,6 +134,17 @@ def test_largest_vocabulary_and_order_do_not_overflow():
     np.testing.assert_array_equal(fit(tokens, 7, 20, "mle").nll(tokens), fit(high, 7, 65536, "mle").nll(high))
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 5, 8])
+def test_starts_are_sorted_by_all_their_tokens_however_few_fit_in_a_key(order):
+    """Of 2^40 ids one fits, of 2^20 three; the end of the stream sorts before any token."""
+    for seed, vocab_size in itertools.product(range(20), (3, 2**20, 2**40)):
+        tokens = np.random.default_rng(seed).integers(0, 3, 12)
+        starts = ngram._sorted_starts(tokens, order, vocab_size)
+        found = [tokens[start : start + order].tolist() for start in starts]
+        assert found == sorted(found)
+        assert sorted(starts) == list(range(12))
+
+
 @pytest.mark.parametrize("tokens", [[], [1], [1, 0]])
 def test_a_stream_shorter_than_the_order(tokens):
     model = fit(tokens, 4, 3)
