@@ -85,6 +85,7 @@ def to_pixels(images: Tensor, preprocess: Preprocess) -> Tensor:
 @torch.no_grad()
 def held_out_loss(denoiser: Denoiser, pixels: Tensor, words: Sequence[str], batch_size: int = 256) -> float:
     """The mean loss of the evaluation mode on uint8 [N, C, S, S] with their words."""
+    assert not denoiser.training
     device, total = next(denoiser.parameters()).device, 0.0
     for start in range(0, len(pixels), batch_size):
         batch = denoiser.conditioner.tensors(words[start : start + batch_size])

@@ -83,8 +83,14 @@ def sample_directory(
     """Draws `number` images after each of `words` with a model directory; the files written, one an image, into `out`.
 
     changes: what is to be otherwise than the model's own sampling. sheet: one picture of all. gif: how they came out of
-    noise. Raises BadInput for words the model cannot be told, and for none where it needs some.
+    noise. Raises BadInput for words the model cannot be told, for none where it needs some, and for names of files that
+    cannot be written.
     """
+    for file, suffix in ((sheet, ".png"), (gif, ".gif")):
+        if file is not None and (file.suffix.lower() != suffix or not file.parent.is_dir()):
+            raise BadInput(f"{file} cannot be written: wanted a name that ends in {suffix}, in a folder that is there.")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; wanted a folder for the images.")
     denoiser, sampling = load_pipeline(model)
     sampling = validate(SamplingOptions, sampling.model_dump() | changes, "the command line")
     if not words and denoiser.conditioner.kind != "none":

@@ -120,6 +120,11 @@ def test_a_directory_draws_on_request(trained, tmp_path):
     assert [Image.open(file).size for file in sorted(out.iterdir())] == [(8, 8)] * 6
     assert Image.open(gif).n_frames == 2
     assert Image.open(sheet).size == (3 * 33 + 1, 2 * 33 + 1)
+    for words in (("--sheet", str(tmp_path / "sheet.bmp")), ("--gif", str(tmp_path / "nowhere" / "all.gif"))):
+        found = run("--caption", "a bar", "--out", str(out), *words)
+        assert (found.exit_code, "cannot be written: wanted a name that ends in" in found.output) == (2, True)
+    found = run("--caption", "a bar", "--out", str(sheet))
+    assert (found.exit_code, "is a file; wanted a folder" in found.output) == (2, True)
     found = run("--out", str(out))
     assert (found.exit_code, "draws after a text: say what, with --caption" in found.output) == (2, True)
     found = run("--caption", "a bar", "--out", str(out), "--steps", "2000")

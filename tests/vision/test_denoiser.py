@@ -192,10 +192,22 @@ def test_guidance_1_is_the_condition_and_0_is_none():
     asked = []
     predict = model.predict
     model.predict = lambda x, level, given: asked.append(given) or predict(x, level, given)
-    assert torch.equal(draw(model, CAPTIONS, QUICK), scaled[1.0])
-    assert len(asked) == 3  # one prediction a step: what is not asked for is not computed
-    assert torch.equal(draw(model, [""] * 6, QUICK), scaled[0.0])
+    for scale, words in ((1.0, CAPTIONS), (0.0, [""] * 6)):
+        asked.clear()
+        assert torch.equal(draw(model, words, QUICK), scaled[scale])
+        draw(model, CAPTIONS, QUICK.model_copy(update={"guidance_scale": scale}))
+        assert len(asked) == 6  # two images of three steps, one prediction each: what is not needed is not computed
     assert not torch.equal(scaled[3.0], scaled[1.0])
+
+
+def test_guidance_goes_on_beyond_the_condition():
+    """A network that predicts a hundredth of the number of tokens, 1 without caption: with scale 3, 1 + 3 (n - 1)."""
+    model, one = build(), SamplingOptions(num_inference_steps=1, guidance_scale=3.0)
+    lengths = batch(model)["attention_mask"].sum(1).view(-1, 1, 1, 1)
+    model.predict = lambda x, level, given: given["encoder_attention_mask"].sum(1).view(-1, 1, 1, 1) / 100 + 0 * x
+    noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(6)])
+    wanted = to_pixels(noise - (1 + 3 * (lengths - 1)) / 100, PREPROCESS)
+    assert (draw(model, CAPTIONS, one).int() - wanted.int()).abs().max() <= 1
 
 
 def test_every_step_is_shown():
