@@ -92,6 +92,8 @@ def trained(file: str) -> dict:
         pretrain.main(config)
     except Stopped as error:
         stopped = str(error).split(". Samples")[0]
+    if not seconds:
+        sys.exit(f"{config.output_dir} is finished, but its line is missing: delete it, and it is timed again")
     rows = [row for row in read_jsonl(config.output_dir / "metrics.jsonl") if "loss" in row]
     facts = {"stopped": stopped, "peak_mib": peak_mib() - idle, "train_cpu_seconds": sum(seconds)}
     facts["largest_grad_norm"] = max((row["grad_norm"] for row in rows), default=None)
@@ -203,6 +205,9 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.train or args.count:
+        from lmkit.processes import die_with_parent
+
+        die_with_parent()
         print("\n" + json.dumps(trained(args.train) if args.train else counted(**args.count)))
         return
     if args.page:
@@ -239,18 +244,18 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def tables(lines: list[dict]) -> dict[str, list[str]]:
-    """Lines of Markdown by the mark they belong to, from the rows of the largest budget in the file."""
-    budget = max(line["budget"] for line in lines if line["group"] == "table")
-    main = [line for line in lines if line["group"] == "counted" or line.get("budget") == budget]
-    depth = [line for line in lines if line["group"] == "depth" and line["budget"] == budget / 5]
-    seeds = sorted({line["seed"] for line in main if "seed" in line})
-    about = f"{budget:g} training FLOP a row; seeds {', '.join(map(str, seeds))}; {{}}, torch {lines[-1]['torch']}."
-    dates = sorted({line["date"] for line in main})
-    about = about.format(" to ".join(dict.fromkeys([dates[0], dates[-1]])))
-    return {
-        "table": [about, "", *table_of(main)],
-        "depth": depth_table(depth) if depth else ["Not run at this budget."],
-    }
+    """Lines of Markdown by the mark they belong to: a table for each budget in the file, the n-grams in all of them."""
+    text: dict[str, list[str]] = {"table": [], "depth": []}
+    for group, table in (("table", table_of), ("depth", depth_table)):
+        for budget in sorted({line["budget"] for line in lines if line["group"] == group}):
+            here = [line for line in lines if (line["group"], line["budget"]) == (group, budget)]
+            seeds, dates = ({line[key] for line in here} for key in ("seed", "date"))
+            about = f"{budget:g} training FLOP a row; seed {', '.join(map(str, sorted(seeds)))}; "
+            about += f"{' to '.join(dict.fromkeys([min(dates), max(dates)]))}, torch {here[-1]['torch']}."
+            counted = [line for line in lines if line["group"] == "counted" and group == "table"]
+            text[group] += [about, "", *table(counted + here), ""]
+        text[group] = text[group][:-1]
+    return text
 
 
 def table_of(lines: list[dict]) -> list[str]:
@@ -262,6 +267,8 @@ def table_of(lines: list[dict]) -> list[str]:
     def mean(name: str, key: str) -> float:
         return statistics.mean(line[key] for line in rows[name])
 
+    default = mean("transformer", "bits_per_byte") if "transformer" in rows else math.nan
+
     table = [
         "| | parameters | tokens | bits per byte | against `transformer` | tokens per CPU second | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -271,8 +278,8 @@ def table_of(lines: list[dict]) -> list[str]:
         cells = [name if ":" in name else f"`{name}`", f"{first['parameters']:,}", f"{first['tokens']:,}"]
         cells[1] += " n-grams" if first["group"] == "counted" else ""
         cells.append(f"{mean(name, 'bits_per_byte'):.4f}" + (f" ± {statistics.stdev(bits):.4f}" if bits[1:] else ""))
-        gap = mean(name, "bits_per_byte") - mean("transformer", "bits_per_byte")
-        cells += ["" if name == "transformer" else f"{gap:+.4f}"]
+        gap = mean(name, "bits_per_byte") - default
+        cells.append("" if name == "transformer" or math.isnan(gap) else f"{gap:+.4f}")
         cells += [f"{mean(name, 'tokens_per_cpu_second'):,.0f}", f"{mean(name, 'peak_mib'):,.0f}"]
         table.append("| " + " | ".join(cells) + " |")
     return table
