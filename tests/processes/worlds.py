@@ -17,10 +17,10 @@ VISION = ["sklearn.datasets", "sklearn.metrics", "matplotlib.pyplot", "lmkit.vis
 CONFIGS = ROOT / "accelerate_configs"
 
 
-def launched_with(config, num_processes):
-    """The variables that `accelerate launch --config_file CONFIG` sets, by its own code."""
+def launched_with(config, num_processes, *flags):
+    """The variables that `accelerate launch --config_file CONFIG FLAGS` sets, by its own code."""
     before = dict(os.environ)
-    arguments = ["--config_file", str(CONFIGS / config), "--num_processes", str(num_processes), "script.py"]
+    arguments = ["--config_file", str(CONFIGS / config), "--num_processes", str(num_processes), *flags, "script.py"]
     args = launch_command_parser().parse_args(arguments)
     args, *_ = _validate_launch_command(args)
     found = prepare_multi_gpu_env(args)
