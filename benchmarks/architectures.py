@@ -248,7 +248,7 @@ def tables(lines: list[dict]) -> dict[str, list[str]]:
     text: dict[str, list[str]] = {"table": [], "depth": []}
     for group, table in (("table", table_of), ("depth", depth_table)):
         for budget in sorted({line["budget"] for line in lines if line["group"] == group}):
-            here = [line for line in lines if (line["group"], line["budget"]) == (group, budget)]
+            here = [line for line in lines if (line["group"], line.get("budget")) == (group, budget)]
             seeds, dates = ({line[key] for line in here} for key in ("seed", "date"))
             about = f"{budget:g} training FLOP a row; seed {', '.join(map(str, sorted(seeds)))}; "
             about += f"{' to '.join(dict.fromkeys([min(dates), max(dates)]))}, torch {here[-1]['torch']}."
@@ -259,9 +259,12 @@ def tables(lines: list[dict]) -> dict[str, list[str]]:
 
 
 def table_of(lines: list[dict]) -> list[str]:
-    """Means over seeds of each row, in the order they were run, and the difference from `transformer`."""
+    """Means over seeds of each row, in the order of rows.yaml, and the difference from `transformer`."""
+    from lmkit.strict_yaml import read_mapping
+
+    order = [f"kneser_ney_{order}" for order in ORDERS] + list(read_mapping(CONFIGS / "rows.yaml")["table"])
     rows: dict[str, list[dict]] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: order.index(line["row"])):
         rows.setdefault(line["row"], []).append(line)
 
     def mean(name: str, key: str) -> float:
