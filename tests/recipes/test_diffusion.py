@@ -146,6 +146,15 @@ def test_a_u_net_after_classes_learns(data, tmp_path):
     assert (found.exit_code, "the model knows no class a ring. It knows bar, ring" in found.output) == (2, True)
 
 
+def test_a_language_model_reads_the_captions_and_stays_as_it_is(nano, data, tmp_path):
+    flags = ["--text_model", str(nano / "model"), "--freeze_text", "--train.max_steps", "2"]
+    folder = main(config(data, tmp_path, *flags))
+    before, after = load_file(nano / "model" / "model.safetensors"), weights(folder)
+    read = {name.removeprefix("text_encoder/"): t for name, t in after.items() if name.startswith("text_encoder/")}
+    assert len(read) > 10
+    assert all(torch.equal(before[f"model.{name}"], tensor) for name, tensor in read.items())
+
+
 def test_nothing_to_be_drawn_after_is_a_condition_too(data, tmp_path):
     folder = main(config(data, tmp_path / "run", "--condition", "none", "--train.max_steps", "2"))
     sample = ["vision", "sample", str(folder / "model"), "--out", str(tmp_path / "out"), "--num", "2"]
