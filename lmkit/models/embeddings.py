@@ -253,7 +253,9 @@ def load_vectors(folder: Path) -> tuple[Tensor, str, PreTrainedTokenizerBase]:
     """Vectors [V, D], how they were trained, and their tokenizer; BadInput where there are none."""
     path = Path(folder) / FILE
     if not path.is_file():
-        raise BadInput(f"{folder} holds no word vectors (no {FILE}). Make them with `python recipes/embeddings.py`.")
+        inside = (Path(folder) / "vectors" / FILE).is_file()
+        do = f"Give {Path(folder) / 'vectors'}" if inside else "Make them with `python recipes/embeddings.py`"
+        raise BadInput(f"{folder} holds no word vectors (no {FILE}). {do}.")
     with safe_open(path, "pt") as file:
         return file.get_tensor("vectors"), file.metadata()["objective"], load_tokenizer(folder)
 

@@ -123,13 +123,13 @@ class ModelConfig(Config):
             raise ValueError(f"block: arch {self.arch} has parts of its own. Use --model.arch transformer")
         if self.arch not in _GATES and self.bptt_tokens:
             raise ValueError(f"bptt_tokens: arch {self.arch} carries no state. Use --model.arch lstm")
+        if self.arch != "neural_ngram" and self.window:
+            raise ValueError(f"window: arch {self.arch} sees the whole context. Use --model.arch neural_ngram")
         unused = {"depth": "layers grow by rules for Transformers", "head_dim": "there are no heads"}
         if self.arch in _GATES:
             unused["intermediate_size"] = "there are no feed-forward layers"
         elif self.arch == "neural_ngram":
             unused |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "there is one layer, of hidden_size,")
-        elif self.window:
-            raise ValueError(f"window: arch {self.arch} sees the whole context. Use --model.arch neural_ngram")
         for name, why in unused.items():
             if self._headless and getattr(self, name) is not None:
                 raise ValueError(f"{name}: {why} in arch {self.arch}. Leave it out, or use --model.arch transformer")

@@ -93,7 +93,7 @@ def royal_corpus(num_sentences):
 
 @pytest.mark.parametrize("objective", ["cbow", "skipgram"])
 def test_analogies_put_into_a_corpus_are_found(objective):
-    options = {"hidden_size": 16, "window": 2, "subsample": None, "num_epochs": 20}
+    options = {"hidden_size": 16, "window": 2, "subsample": None, "num_epochs": 12}
     vectors, _ = train(royal_corpus(4000), len(WORDS), objective=objective, **options)
     assert WORDS[analogy(vectors, ID["man"], ID["king"], ID["woman"])[0][0]] == "queen"
     flips = [
@@ -107,7 +107,7 @@ def test_analogies_put_into_a_corpus_are_found(objective):
 
 
 def test_words_in_like_company_are_near():
-    vectors, _ = train(royal_corpus(4000), len(WORDS), hidden_size=16, window=2, subsample=None, num_epochs=20)
+    vectors, _ = train(royal_corpus(4000), len(WORDS), hidden_size=16, window=2, subsample=None, num_epochs=12)
     table = cosine_table(vectors[[ID["king"], ID["queen"], ID["girl"]]])
     assert table[0, 1] > table[0, 2]
     assert np.diag(table) == pytest.approx(1)

@@ -103,6 +103,7 @@ def test_the_stage_builds_it_by_name():
         ({"num_hidden_layers": 2}, "num_hidden_layers: there is one layer, of hidden_size, in arch neural_ngram"),
         ({"head_dim": 32}, "head_dim: there are no heads"),
         ({"arch": "llama", "window": 4}, "window: arch llama sees the whole context"),
+        ({"arch": "lstm", "window": 4}, "window: arch lstm sees the whole context"),
         ({"arch": "cbow"}, "cbow makes word vectors, which predict no next token"),
         ({"arch": "ngram"}, "ngram is counted, not trained"),
     ],

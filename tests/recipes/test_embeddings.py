@@ -124,6 +124,7 @@ def test_the_command_shows_neighbours_cosines_and_one_hot_codes(vectors, tokeniz
         (["embeddings", "VECTORS", "hippopotamus"], "'hippopotamus' is no token of this vocabulary ("),
         (["embeddings", "VECTORS", "the", "--analogy", "the,and"], "--analogy the,and is not three words"),
         (["embeddings", "nowhere", "the"], "nowhere holds no word vectors"),
+        (["embeddings", "STAGE", "the"], "/vectors."),
         (["chat", "VECTORS"], "holds word vectors, which predict no next token"),
         (["chat", "STAGE"], "`python recipes/pretrain.py --model.arch neural_ngram --embeddings"),
     ],
