@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lmkit.artifact import seal
 from lmkit.errors import Stopped
+from lmkit.training.sharding import full
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -51,9 +52,12 @@ def save(path: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Stopped, naming the first tensor that holds NaN or infinity: what is saved can be gone on from."""
+    """Stopped, naming the first tensor that holds NaN or infinity: what is saved can be gone on from.
+
+    Of tensors in shares all processes call it, and all of them are told.
+    """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.detach().isfinite().all():
+        if tensor.is_floating_point() and not full(tensor.detach().isfinite().all()):
             raise Stopped(f"{name} holds numbers that are not finite, so nothing was saved. Lower the learning rate.")
 
 

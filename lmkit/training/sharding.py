@@ -90,7 +90,7 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
         return accelerator.prepare_model(module)
     if leaves_out:
         raise BadInput("a model whose parts learn in turn cannot be sharded; launch with accelerate_configs/ddp.yaml.")
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in (*module.to(accelerator.device).parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # what is channels last cannot be sharded
         torch.distributed.broadcast(tensor.data, 0)  # as DDP does: all start from the first one's
     # The double shares all tensors, so that sharding it copies no more than a block at a time.

@@ -1,17 +1,19 @@
 """Tasks of test_pretrain.py: the training loop on a small language model, in as many processes as there are."""
 
 import contextlib
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from lmkit.config import StageConfig
-from lmkit.errors import Interrupted
+from lmkit.errors import Interrupted, Stopped
 from lmkit.models.presets import ModelConfig, transformers_config
 from lmkit.stage import Stage
-from lmkit.training import loop, sharding
+from lmkit.training import checkpoint, loop, sharding
 from lmkit.training.ema import EMA
 from lmkit.training.losses import CausalLMLoss
 from lmkit.training.options import TrainConfig
@@ -53,6 +55,8 @@ def fit(directory, stop_after=None, in_bfloat16=False, ema=None, **changes):
     directory = Path(directory)
     # Newton-Schulz in bfloat16 turns a difference of one rounding into one of 2^-9 of the update; here in float32.
     bfloat16, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, lambda tensor: tensor
+    kept, prepare = [], sharding.prepare
+    sharding.prepare = lambda *given: kept.append(prepare(*given)) or kept[0]
     AcceleratorState._reset_state()  # Accelerate remembers its first precision
     accelerator = loop.make_accelerator(in_bfloat16, 64)
     module, average, seen = CausalLMLoss(small_model()), EMA(ema) if ema else None, []
@@ -70,12 +74,27 @@ def fit(directory, stop_after=None, in_bfloat16=False, ema=None, **changes):
         options = {"evaluate": evaluate, "ema": average}
         loop.fit(module, fetch, NUM_SAMPLES, config, accelerator=accelerator, stage=stage, **options)
         result = {"model": module.state_dict(), "seen": seen, "empty": sharding.is_empty(module)}
+        own = sum(getattr(p, "_local_tensor", p).numel() for p in kept[0].parameters())
+        result["share"] = own / sum(p.numel() for p in module.parameters())
         if average is not None:
             with average.applied():
                 result["ema"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         if accelerator.is_main_process:
             torch.save(result, directory / "result.pt")
-    torch.Tensor.bfloat16 = bfloat16
+    torch.Tensor.bfloat16, sharding.prepare = bfloat16, prepare
+
+
+def spoilt(folder):
+    """A weight that is not finite in the second process's share alone is seen by both."""
+    module = CausalLMLoss(small_model())
+    prepared = sharding.prepare(module, loop.make_accelerator(False, 64))
+    checkpoint.check_finite(dict(prepared.named_parameters()))
+    weight = prepared.model.model.layers[1].mlp.up_proj.weight
+    if torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            weight.to_local()[0, 0] = math.inf
+    with pytest.raises(Stopped, match="up_proj"):
+        checkpoint.check_finite(dict(prepared.named_parameters()))
 
 
 def fits(folder, cases):

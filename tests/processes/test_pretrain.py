@@ -8,11 +8,12 @@ import torch
 
 from lmkit.stage import latest_checkpoint
 from lmkit.training import checkpoint
-from tests.processes.pretraining import fits
+from tests.processes.pretraining import fits, spoilt
 
 CASES = {
     "adamw": {"optim": "adamw_torch_fused", "ema": 0.9},
     "muon": {"optim": "muon"},
+    "recomputed": {"optim": "adamw_torch_fused", "gradient_checkpointing": True},
     # A sample a process and update: sometimes one of two processes has no token that counts.
     "no tokens": {"global_batch_size": 2, "per_device_train_batch_size": 1, "max_steps": 7},
 }
@@ -53,6 +54,15 @@ def test_losses_and_weights_are_those_of_one_process(folders, world, case):
     if "ema" in one:
         assert close(other["ema"], one["ema"], 5e-6)
         assert not close(other["ema"], one["model"], 1e-4)
+
+
+def test_processes_keep_whole_weights_or_halves(folders):
+    found = [torch.load(folders / name / "muon" / "result.pt")["share"] for name in ("one", "two", "sharded")]
+    assert found == pytest.approx([1, 1, 0.5], abs=0.01)
+
+
+def test_a_number_that_is_not_finite_in_one_share_is_seen_by_all(worlds, folders):
+    worlds.run(2, spoilt, folders, config="fsdp2.yaml")
 
 
 def test_bfloat16_shards_learn_as_whole_weights_do(folders):
