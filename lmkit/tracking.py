@@ -97,9 +97,26 @@ class Tracker:
         self._show(row, [*metrics][:NUM_SHOWN], now)
 
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends `rows`, one JSON object each with "step" in front, to samples.jsonl."""
+        """Appends `rows`, one JSON object each with "step" in front, to samples.jsonl.
+
+        A picture (PIL) in a row is written to samples/, the row has its path, and TensorBoard shows it.
+        """
         if self.is_main:
-            append(self.directory / "samples.jsonl", [{"step": step, **plain(row)} for row in rows])
+            kept = [{"step": step, **plain(self._pictures_kept(step, n, row))} for n, row in enumerate(rows)]
+            append(self.directory / "samples.jsonl", kept)
+
+    def _pictures_kept(self, step: int, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        kept = dict(row)
+        for name in (name for name, value in row.items() if callable(getattr(value, "save", None))):
+            picture, kept[name] = row[name].convert("RGB"), f"samples/step-{step:06d}-{number}-{name}.png"
+            (self.directory / "samples").mkdir(exist_ok=True)
+            picture.save(self.directory / kept[name])
+            for tracker in self.trackers:
+                if tracker.name == "tensorboard":
+                    import numpy as np
+
+                    tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        return kept
 
     def _show(self, row: dict[str, Any], names: list[str], now: float) -> None:
         facts = [f"{name.rsplit('/', 1)[-1]} {short(row[name])}" for name in names]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from lmkit import tracking
 from lmkit.errors import BadInput
@@ -140,6 +141,20 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
     assert events.Tags()["tensors"] == []
+
+
+def test_a_picture_in_a_row_is_a_file_and_tensorboard_shows_it(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    picture = Image.new("L", (3, 2), 200)
+    with Tracker(tmp_path, total_steps=2, report_to=["tensorboard"]) as tracker:
+        tracker.sample(2, [{"of": "noise", "drawn": picture}])
+    (row,) = rows(tmp_path / "samples.jsonl")
+    assert row == {"step": 2, "of": "noise", "drawn": "samples/step-000002-0-drawn.png"}
+    assert Image.open(tmp_path / row["drawn"]).getpixel((1, 1)) == (200, 200, 200)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("drawn")
+    assert (image.step, image.width, image.height) == (2, 3, 2)
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "unknown tracker 'tensorbord'"), ("aim", "pip install")])

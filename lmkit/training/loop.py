@@ -92,7 +92,8 @@ def fit(
         _recompute_activations(module)
     compiled = accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile
     prepared = sharding.prepare(module, accelerator, compiled)
-    optimizers = build_optimizers(prepared, config.optim, config.learning_rate, config.weight_decay)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizers = build_optimizers(prepared, config.optim, config.learning_rate, config.weight_decay, betas)
     torch.manual_seed(stage.config.seed + accelerator.process_index)
     # Sums over the steps since the last row: loss, counted tokens, gradient norm. One wait for the device reads them.
     window = torch.zeros(3, device=accelerator.device)

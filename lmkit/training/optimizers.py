@@ -78,7 +78,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    module: nn.Module, optim: str, learning_rate: float, weight_decay: float
+    module: nn.Module,
+    optim: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a model's trainable parameters. Matrices decay; gains, biases and embeddings do not.
 
@@ -100,7 +104,7 @@ def build_optimizers(
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True))
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
     if hidden:
         optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=weight_decay))
     return optimizers

@@ -25,6 +25,8 @@ class TrainConfig(Config):
     warmup_steps: int = setting(20, "updates until the learning rate has its peak", ge=0)
     decay_fraction: float = setting(0.5, "share of all steps in which wsd falls to zero", ge=0, le=1)
     weight_decay: float = setting(0.1, "decay of the matrices (not of embeddings, gains and biases)", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW's memory of gradients", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "AdamW's memory of their squares", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", gt=0)
     optim: Literal["muon", "adamw_torch_fused"] = setting("muon", "muon: for hidden matrices, and AdamW for the rest")
     ema_decay: float | None = setting(None, "decay of averaged weights; empty: none are kept", gt=0, lt=1)

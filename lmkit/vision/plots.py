@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
@@ -66,6 +67,28 @@ def save_mistakes(
         cell.set_title(f"{true}, not {taken} ({confidence[index]:.0%})", fontsize=8)
     figure.suptitle(f"{len(worst)} worst mistakes" if worst else "no mistakes", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def show_in_tensorboard(directory: Path, classifier: nn.Module, images: Tensor) -> None:
+    """Adds to a stage's TensorBoard: the graph of a classifier that reads `images` [N, C, S, S], and its results."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory / "tensorboard") as writer:
+        device = next(classifier.parameters()).device
+        writer.add_graph(_Logits(classifier).eval(), images.to(device), use_strict_trace=False)
+        for path in sorted((directory / "results").glob("*.png")):
+            writer.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
+
+
+class _Logits(nn.Module):
+    """A tensor from what gives a dictionary, which tracing refuses."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixel_values):
+        return self.classifier(pixel_values=pixel_values).logits
 
 
 def _figure(width, height, rows=None, columns=None):

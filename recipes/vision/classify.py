@@ -56,7 +56,8 @@ def main(config: ClassifyConfig) -> Path:
     from lmkit.vision.classifier import Classification, classify, new_classifier, with_classes, with_lora
     from lmkit.vision.data import classification_splits
     from lmkit.vision.evaluate import label_ids, scores, write_report
-    from lmkit.vision.pixels import load_splits, measured
+    from lmkit.vision.pixels import load_splits, measured, normalize
+    from lmkit.vision.plots import show_in_tensorboard
 
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction if config.patience else 0.0}
     splits, classes = classification_splits(config.data, config.label_pattern, fractions, config.limit, config.seed)
@@ -105,6 +106,8 @@ def main(config: ClassifyConfig) -> Path:
                 logits = classify(model, data["test"][0], preprocess)
                 with stage.seal("results") as folder:
                     found, report = write_report(folder, logits, *data["test"], classes)
+                if "tensorboard" in config.report_to:
+                    show_in_tensorboard(stage.directory, model, normalize(pixels[:8], preprocess))
                 stage.say(f"{report}\nclassify: test accuracy {found['accuracy']:.4f} on {len(logits):,} images")
                 with stage.seal("model") as folder:
                     model.save_pretrained(folder)

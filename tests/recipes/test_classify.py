@@ -58,6 +58,17 @@ def test_it_learns_and_leaves_pictures_and_numbers(trained):
     assert float(report.split()[-1]) > 0.9
 
 
+def test_tensorboard_shows_the_network_and_its_mistakes_when_asked(trained, data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert not (trained / "tensorboard").exists()
+    main(config(data, tmp_path, "--train.num_train_epochs", "1", "--report_to", "[tensorboard]"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"confusion", "mistakes"}
+    assert events.Tags()["graph"]
+    assert "loss" in events.Tags()["scalars"]
+
+
 def test_the_directory_answers_as_the_run_did(trained, data, tmp_path):
     run = CliRunner().invoke
     found = run(app, ["vision", "evaluate", str(trained / "model"), str(data), "--out", str(tmp_path / "out")])
