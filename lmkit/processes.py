@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lmkit.errors import BadInput, Interrupted
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
 
 TIMEOUT_SECONDS = 600
 TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {} ..."
@@ -75,6 +75,15 @@ def join() -> PartialState:
             f"`{TWO_ON_A_CPU.format(num_asked())}`."
         )
     return state
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set in any process; every process has to ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    import torch
+
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
 
 
 def lost_another(error: BaseException) -> bool:

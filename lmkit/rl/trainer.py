@@ -29,6 +29,7 @@ from lmkit.generation.sampler import Completions, sample
 from lmkit.generation.vllm import VLLMSampler
 from lmkit.models.attention import faster_attention
 from lmkit.models.load import load_language_model
+from lmkit.processes import any_process
 from lmkit.rl import state
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.kl import adapted_kl_coef
@@ -184,7 +185,7 @@ class PPOTrainer:
                     self.metrics |= self.evaluate() if self.eval_prompts else {}
                     tracker.sample(self.iteration, self.samples)
                 tracker.log(self.iteration, self.metrics, tokens=num_tokens)
-                stop = self._any(self.stop_requested())
+                stop = any_process(self.stop_requested(), self.accelerator)
                 if stop or last or self.iteration % args.save_steps == 0:
                     self._save()
                 if stop and not last:
@@ -235,7 +236,7 @@ class PPOTrainer:
             kl = metrics["objective/kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=args.adaptive_kl_target, **rule)
         if args.ref_model_mixup_alpha:
-            with self._whole():
+            with sharding.whole(self.actor_critic, self.model):
                 self.roles.move_reference(args.ref_model_mixup_alpha)
         self.iteration += 1
         metrics |= learnt
@@ -372,11 +373,6 @@ class PPOTrainer:
     def _write(self, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    def _any(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), reduction="sum"))
 
     def _last_good(self) -> str:
         saved = sorted((self.output_dir / "checkpoints").glob("step-*"))

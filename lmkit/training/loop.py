@@ -146,8 +146,8 @@ def fit(
                         scores |= {name.replace("eval/", "eval/ema_"): score for name, score in evaluate().items()}
                 tracker.log(step, scores)
                 metrics |= scores
-            stop = look and _any(stage.stop_requested(), accelerator)
-            ended = "evaluate" in due and _any(enough(), accelerator)
+            stop = look and processes.any_process(stage.stop_requested(), accelerator)
+            ended = "evaluate" in due and processes.any_process(enough(), accelerator)
             if stop or ended or "save" in due:
                 _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage)
             if ended:
@@ -233,12 +233,6 @@ def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: l
         f"not finite ({', '.join(broken[:3])}). Samples of this process: {samples[:16]}. The last checkpoint in "
         f"{stage.checkpoints} is from before this step. Lower train.learning_rate, or look at these samples."
     )
-
-
-def _any(flag: bool, accelerator: Accelerator) -> bool:
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
 
 
 def _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage) -> None:

@@ -171,15 +171,8 @@ class _Progress(TrainerCallback):
             self.trainer.stage.say(f"sample: {rows[0]['prompt']} -> {rows[0]['completion']}")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_process(self.trainer.stage.stop_requested(), self.trainer.accelerator):
+        if processes.any_process(self.trainer.stage.stop_requested(), self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
-
-
-def any_process(flag: bool, accelerator: Any) -> bool:
-    """Whether the flag is set on any process; every process has to ask."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device)).item())
 
 
 def train(trainer: SealedCheckpoints, sample: Sampler | None = None) -> None:
