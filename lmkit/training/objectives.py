@@ -87,21 +87,24 @@ def corrupt_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(the text with each lost span replaced by a sentinel of its own, the sentinels each followed by its span).
 
-    15 % of the tokens are lost, in spans of 3 on average (Raffel et al. 2020, arXiv:1910.10683, 3.1.4).
+    15 % of the tokens are lost, in spans of 3 on average (Raffel et al. 2020, arXiv:1910.10683, 3.1.4), anywhere.
 
     >>> shown, asked = corrupt_spans(np.arange(100, 120), keyed(0, 0), [7, 8])
-    >>> shown.tolist(), asked.tolist()
-    ([100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112, 113, 114, 115, 116, 7], [7, 117, 118, 119])
+    >>> shown.tolist()
+    [100, 101, 102, 103, 104, 105, 7, 109, 110, 111, 112, 113, 114, 115, 116, 117, 118, 119]
+    >>> asked.tolist()
+    [7, 106, 107, 108]
     """
     lost = min(max(round(RATE * len(tokens)), 1), max(len(tokens) - 1, 1))
-    spans = min(num_spans(len(tokens)), lost, max(len(tokens) - lost, 1))
-    # Kept and lost spans in turn, the first one kept.
-    kept, gone = _parts(len(tokens) - lost, spans, rng), _parts(lost, spans, rng)
-    cuts = np.cumsum(np.stack([kept, gone], 1).ravel())[:-1]
-    pieces = np.split(tokens, cuts)
-    shown = [part for kept, mark in zip(pieces[::2], sentinels) for part in (kept, [mark])]
+    spans = min(num_spans(len(tokens)), lost, len(tokens) - lost + 1)
+    # Kept and lost parts in turn, a kept one on either end, where it may be empty.
+    kept, gone = _parts(len(tokens) - lost + 2, spans + 1, rng), _parts(lost, spans, rng)
+    kept[[0, -1]] -= 1
+    lengths = np.append(np.stack([kept[:-1], gone], 1).ravel(), kept[-1])
+    pieces = np.split(tokens, np.cumsum(lengths)[:-1])
+    shown = [part for kept, mark in zip(pieces[::2], sentinels) for part in (kept, [mark])][: 2 * spans]
     asked = [part for mark, gone in zip(sentinels, pieces[1::2]) for part in ([mark], gone)]
-    return np.concatenate(shown).astype(np.int64), np.concatenate(asked).astype(np.int64)
+    return np.concatenate([*shown, pieces[-1]]).astype(np.int64), np.concatenate(asked).astype(np.int64)
 
 
 def num_spans(length: int) -> int:
@@ -114,8 +117,8 @@ def num_spans(length: int) -> int:
 
 
 def _parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """`total` divided at random into `parts` numbers, none of them 0 where that is possible."""
-    cuts = np.sort(rng.permutation(total - 1)[: parts - 1]) + 1 if parts > 1 else []
+    """`total` divided at random into `parts` numbers, none of them 0."""
+    cuts = np.sort(rng.permutation(total - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [total]])).astype(np.int64)
 
 
