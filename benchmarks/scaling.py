@@ -142,7 +142,7 @@ def memory_bytes(run: Run, device: Device) -> dict[str, float]:
     inputs = 2 * shape.width * shape.layers + (1 - kept) * shape.activation_bytes()  # and one block made again
     return {
         "states": 16 * shape.parameters / shares,
-        "copies": 6 * shape.parameters * (run.devices > 1) if whole else 2 * (2 * shape.block + shape.head),
+        "copies": 2 * shape.parameters if whole else 2 * (2 * shape.block + shape.head),
         "activations": tokens * (kept * shape.layers * shape.activation_bytes() + (inputs if kept < 0.5 else 0)),
         "logits": tokens * shape.vocabulary * run.logit_bytes,
     }
@@ -184,22 +184,23 @@ def compare() -> list[dict]:
 def bytes_per_parameter(mode: str, devices: int = 1) -> float:
     """Bytes a device keeps of each trained parameter through a step, in bfloat16 with AdamW.
 
-    Weights, gradients and two moments in float32 are 16. Whole weights have a copy in bfloat16 while a step lasts, DDP
-    one of the gradients. DeepSpeed keeps weights and gradients in bfloat16 (Rajbhandari et al., arXiv:1910.02054).
+    Weights, gradients and two moments in float32 are 16. Whole weights have a copy in bfloat16 while a step lasts, in
+    TRL's stages DDP has one of the gradients. DeepSpeed keeps weights and gradients in bfloat16 (Rajbhandari et al.,
+    arXiv:1910.02054).
     """
-    whole = {"one": 16 + 2, "ddp": 16 + 2 + 4, "zero2": 2 + 14 / devices}
+    whole = {"one": 16 + 2, "ddp": 16 + 2, "ddp_of_trl": 16 + 2 + 4, "zero2": 2 + 14 / devices}
     return whole.get(mode, 16 / devices)
 
 
 def memory_table(devices: int = 8) -> str:
     """Bytes a parameter of the policy, by stage and mode; other models are as large as the policy."""
-    modes = ("one", "ddp", "fsdp2", "zero2", "zero3")
-    one, ddp, fsdp2, zero2, zero3 = (bytes_per_parameter(mode, devices) for mode in modes)
+    modes = ("one", "ddp", "ddp_of_trl", "fsdp2", "zero2", "zero3")
+    one, ddp, of_trl, fsdp2, zero2, zero3 = (bytes_per_parameter(mode, devices) for mode in modes)
     others = 4 + 4  # reference and reward model, whole on each device
     rows = {
         "pretrain, vision": (one, ddp, fsdp2, None, None, "fsdp2: 4 more in evaluations and at the end"),
-        "sft": (one, ddp, None, zero2, zero3, "with LoRA 4, with load_in_4bit 0.5, and adapters"),
-        "reward": (one, ddp, None, zero2, None, "the same"),
+        "sft": (one, of_trl, None, zero2, zero3, "with LoRA 4, with load_in_4bit 0.5, and adapters"),
+        "reward": (one, of_trl, None, zero2, None, "the same"),
         "ppo, shared critic": (one + others, ddp + others, fsdp2 + others, None, None, "fsdp2: 2 more in rollouts"),
         "ppo, critic separate": (2 * one + others, 2 * ddp + others, 2 * fsdp2 + others, None, None, "4 more"),
         "ppo, LoRA": (4 + 4, 4 + 4, 4 / devices + 4, None, None, "fsdp2: 2 more; the first 4 is base and reference"),

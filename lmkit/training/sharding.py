@@ -84,7 +84,10 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
     """
     sharding, leaves_out = asked_sharding(accelerator.num_processes), getattr(module, "leaves_parameters_out", False)
     if sharding is None:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=leaves_out)
+        # Gradients live in DDP's buckets rather than beside them: 4 bytes a parameter less.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=leaves_out, gradient_as_bucket_view=True
+        )
         if torch_compile:
             module.compile(dynamic=False)
         return accelerator.prepare_model(module)

@@ -61,7 +61,7 @@ def test_memory_by_hand():
     assert again["states"] == 16 * 400 / 2
     assert again["activations"] == 15 * (2 * 4 * 2 + 128)
     assert bytes_per_parameter("fsdp2", 8) == 2
-    assert bytes_per_parameter("ddp", 8) == 22
+    assert bytes_per_parameter("ddp", 8) == 18
 
 
 def test_published_runs_are_within_a_fifth():
