@@ -174,7 +174,7 @@ def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, s
     if metrics.get("val/explained_var", 0.0) < -1:
         found["critic"] = (
             f"the critic explains {metrics['val/explained_var']:.2f} of the returns' variance, worse than no critic: "
-            "raise vf_coef or value_learning_rate, or set lam nearer to 1"
+            "lower value_learning_rate, raise vf_coef, or set lam nearer to 1"
         )
     if metrics["rollout/truncated_rate"] > 0.5:
         found["truncated"] = (

@@ -39,7 +39,7 @@ def test_a_healthy_run_is_not_warned_of_also_without_a_critic():
         ({"policy/clipfrac_avg": 0.7}, "clip", "70% of the tokens have ratios outside the clip"),
         ({"objective/scores_std": 0.0}, "reward", "nothing to learn from this reward"),
         ({"rollout/unique_frac": 0.2}, "same", "the policy has collapsed; raise kl_coef"),
-        ({"val/explained_var": -3.0}, "critic", "raise vf_coef or value_learning_rate"),
+        ({"val/explained_var": -3.0}, "critic", "lower value_learning_rate, raise vf_coef"),
         ({"rollout/truncated_rate": 0.8}, "truncated", "80% of the completions never stop: raise max_new_tokens"),
     ],
 )
