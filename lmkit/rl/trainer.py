@@ -314,7 +314,14 @@ class PPOTrainer:
         ]
         columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
         ids = [prompts.ids[row] + completion for row, completion in zip(index, completions)]
-        return self.roles.reward.start(Batch(asked, spoken, ids, columns))
+        finish = self.roles.reward.start(Batch(asked, spoken, ids, columns))
+
+        def scores() -> Tensor:
+            # Reward models too compute in the run's precision; functions work in threads of their own, outside of it.
+            with self.accelerator.autocast():
+                return finish()
+
+        return scores
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
         """Completions as texts, without the stop token or what follows from a stop string on."""
@@ -371,6 +378,8 @@ class PPOTrainer:
         self._write(self.roles.plain_critic(), Path(output_dir or self.output_dir / "value"))
 
     def _write(self, model: PreTrainedModel, folder: Path) -> None:
+        if sharding.is_empty(model):
+            raise BadInput("the model is in shares among the processes; it is whole, and can be saved, after train().")
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

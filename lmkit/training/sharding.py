@@ -49,7 +49,7 @@ def asked_sharding(num_processes: int) -> Sharding | None:
             "the launcher asked for DeepSpeed, which serves sft and reward alone. Pretraining, PPO and vision are "
             "sharded by accelerate_configs/fsdp2.yaml."
         )
-    if not is_set("ACCELERATE_USE_FSDP"):
+    if not is_set("ACCELERATE_USE_FSDP") or num_processes == 1:
         return None
     wanted = {
         "FSDP_VERSION": ("2", "fsdp_version: 2"),

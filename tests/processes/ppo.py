@@ -4,6 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from lmkit.data.encode import encode_demonstrations
-from lmkit.errors import Interrupted
+from lmkit.errors import BadInput, Interrupted
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.trainer import PPOTrainer
 from lmkit.training import sharding
@@ -71,6 +72,9 @@ def ppo(models, directory, stop_after=None, lora=None, ptx=False, reward=lengths
             say=lambda text: None,
             stop_requested=lambda: asked.append(1) or len(asked) == stop_after,
         )
+        if sharding.is_empty(trainer.actor_critic):
+            with pytest.raises(BadInput, match="can be saved, after train"):
+                trainer.save_model(directory / "early")
         trainer.train(resume_from_checkpoint=True)
         result = {"policy": trainer.roles.plain_policy().state_dict(), "gatherings": len(gatherings)}
         if trainer.args.advantage_estimator == "gae":

@@ -28,6 +28,7 @@ def test_a_launcher_asks_for_whole_models_shares_or_groups_of_shares(launcher):
     assert asked_sharding(8) is None
     launcher(**FSDP2)
     assert asked_sharding(8) == Sharding(num_replicas=1, reshard_after_forward=True)
+    assert asked_sharding(1) is None  # one process has nobody to share with
     launcher(PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2", PARALLELISM_CONFIG_DP_SHARD_SIZE="4")
     launcher(FSDP_RESHARD_AFTER_FORWARD="false")
     assert asked_sharding(8) == Sharding(num_replicas=2, reshard_after_forward=False)
