@@ -39,6 +39,7 @@ OWN |= dict.fromkeys(("rnn", "lstm", "gru", "elmo"), "recurrent")
 _GATES = {"rnn": 1, "gru": 3, "lstm": 4, "elmo": 8}  # matrices of a recurrent layer, for its input and for its state
 # The layers whose output is added to the residual stream.
 _RESIDUAL_OUTPUT = re.compile(r"(o_proj|down_proj|c_proj)\.weight$")
+_POSITIONS = re.compile(r"(wpe|embed_positions)\.weight$")
 
 
 class BlockConfig(Config):
@@ -221,7 +222,10 @@ def build_model(
                 # 2 L branches are summed: the residual stream keeps its scale (Radford et al., GPT-2, 2019).
                 parameter.mul_((2 * depth) ** -0.5)
         # The embedding is the output layer too: with a larger one the first predictions are wrong and sure of it.
-        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        # Beside learned positions of a larger scale the tokens would be lost.
+        weights = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        weights |= {weight for name, weight in model.named_parameters() if _POSITIONS.search(name)}
+        for weight in weights:
             weight.mul_(min(1.0, 0.02 / model.config.initializer_range))
     if embeddings is not None:
         from lmkit.models.embeddings import start_from

@@ -7,7 +7,7 @@ import torch
 
 from lmkit.config import validate
 from lmkit.errors import BadInput
-from lmkit.models.presets import ModelConfig, build_model, transformers_config
+from lmkit.models.presets import BlockConfig, ModelConfig, build_model, transformers_config
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tokenization.train import train_tokenizer
 
@@ -18,7 +18,7 @@ def tokenizer():
     return train_tokenizer(lambda: words * 20, vocab_size=384, allow_smaller_vocab=True)
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2", "transformer", "rnn", "lstm", "gru"])
 @pytest.mark.parametrize("preset", ["nano", "tiny"])
 def test_the_first_loss_is_that_of_guessing(tokenizer, preset, arch):
     torch.manual_seed(0)
@@ -50,6 +50,24 @@ def test_initial_weights_by_width_and_depth(tokenizer):
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert transformers_config(ModelConfig(preset="small"), 32768).initializer_range == 0.02
     assert transformers_config(ModelConfig(preset="small", init_std=0.01), 32768).initializer_range == 0.01
+
+
+def test_learned_positions_start_at_the_scale_of_the_tokens(tokenizer):
+    block = BlockConfig(positions="learned")
+    for config in (ModelConfig(arch="gpt2"), ModelConfig(arch="transformer", block=block)):
+        torch.manual_seed(0)
+        named = dict(build_model(config, tokenizer).named_parameters())
+        (positions,) = [weight for name, weight in named.items() if name.endswith(("wpe.weight", "positions.weight"))]
+        assert positions.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+def test_arch_transformer_is_by_default_a_qwen3(tokenizer):
+    shapes = []
+    for arch in ("qwen3", "transformer"):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(preset="nano", arch=arch), tokenizer)
+        shapes.append(sorted((tuple(p.shape), round(p.std().item(), 2)) for p in model.parameters()))
+    assert shapes[0] == shapes[1]
 
 
 def test_given_sizes_replace_the_presets(tokenizer):
