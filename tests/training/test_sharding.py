@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_units_are_the_blocks_that_a_model_names():
     model = CausalLMLoss(AutoModelForCausalLM.from_config(transformers_config(ModelConfig(preset="nano"), 32)))
     assert sharding.blocks(model) == [*model.model.model.layers]
     assert sharding.blocks(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+def test_a_model_whose_parts_learn_in_turn_is_not_sharded(launcher):
+    launcher(**FSDP2)
+    module = nn.Linear(2, 2)
+    module.leaves_parameters_out = True
+    with pytest.raises(BadInput, match=r"parts learn in turn.*ddp\.yaml"):
+        sharding.prepare(module, SimpleNamespace(num_processes=2))
 
 
 def test_an_emptied_module_is_filled_for_a_block_or_for_good():
