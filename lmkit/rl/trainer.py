@@ -315,13 +315,8 @@ class PPOTrainer:
         columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
         ids = [prompts.ids[row] + completion for row, completion in zip(index, completions)]
         finish = self.roles.reward.start(Batch(asked, spoken, ids, columns))
-
-        def scores() -> Tensor:
-            # Reward models too compute in the run's precision; functions work in threads of their own, outside of it.
-            with self.accelerator.autocast():
-                return finish()
-
-        return scores
+        # Reward models too compute in the run's precision; functions work in threads of their own, outside of it.
+        return self.accelerator.autocast()(finish)
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
         """Completions as texts, without the stop token or what follows from a stop string on."""

@@ -90,6 +90,18 @@ def test_first_ratio_in_bfloat16_stays_near_1(make):
     assert {p.dtype for p in trainer.actor_critic.parameters()} == {torch.float32}
 
 
+def test_a_reward_model_computes_in_bfloat16_with_the_run_and_a_function_does_not(make, reward_model):
+    seen = {}
+    reward_model.base_model.register_forward_hook(lambda *_: seen.setdefault("model", torch.is_autocast_enabled("cpu")))
+
+    def count(prompts, completions, **columns):
+        seen["function"] = torch.is_autocast_enabled("cpu")
+        return [0.0] * len(completions)
+
+    make(bf16=True, reward=[reward_model, count], iterations=1).train()
+    assert seen == {"model": True, "function": False}
+
+
 def test_four_iterations_are_two_and_a_resumed_two_to_the_bit(make, reward_model):
     held = Dataset.from_list(ROWS[:3])
     options = {
