@@ -1,5 +1,6 @@
 """The recipe of image classifiers: from data to a directory that others can ask, stopped and gone on with."""
 
+import json
 import os
 import signal
 
@@ -121,6 +122,19 @@ def test_a_frozen_body_goes_on_with_other_classes(trained, data, tmp_path):
     directory = main(config(data, tmp_path, *few, "--train.per_device_train_batch_size", "8"))
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (trained, directory))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("body."))
+
+
+@pytest.mark.parametrize("mode", ["full", "gradual", "lora"])
+def test_a_trained_body_goes_on_in_every_mode(trained, data, tmp_path, mode):
+    """What is handed over is a plain directory, with other weights, whose results are those it was judged by."""
+    more = ("--init_from", str(trained / "model"), "--mode", mode, "--limit", "16", "--train.num_train_epochs", "2")
+    directory = main(config(data, tmp_path, *more, "--train.learning_rate", "1e-3", "--train.ema_decay", "null"))
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (trained, directory))
+    assert set(after) == set(before)
+    assert not torch.equal(before["body.0.weight"], after["body.0.weight"])
+    assert json.loads((directory / "results" / "metrics.json").read_text())["accuracy"] > 0.9
+    statistics = [name for name in before if "running_" in name]
+    assert all(torch.equal(before[name], after[name]) for name in statistics) == (mode == "lora")
 
 
 @pytest.mark.parametrize(
