@@ -92,7 +92,7 @@ def test_first_ratio_in_bfloat16_stays_near_1(make):
 
 def test_a_reward_model_computes_in_bfloat16_with_the_run_and_a_function_does_not(make, reward_model):
     seen = {}
-    reward_model.base_model.register_forward_hook(lambda *_: seen.setdefault("model", torch.is_autocast_enabled("cpu")))
+    reward_model.base_model.register_forward_hook(lambda *_: seen.update(model=torch.is_autocast_enabled("cpu")))
 
     def count(prompts, completions, **columns):
         seen["function"] = torch.is_autocast_enabled("cpu")
