@@ -25,8 +25,8 @@ from lmkit.stage import read_record
 from lmkit.vision.data import read_images
 from lmkit.vision.options import Preprocess
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from vision.classify import ClassifyConfig, main
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recipes.vision.classify import ClassifyConfig, main
 
 RATES = {"scratch": 5e-3, "full": 1e-3, "gradual": 2e-3, "lora": 5e-3, "frozen": 2e-2}
 

@@ -111,7 +111,13 @@ def load_classifier(path: Path) -> tuple[PreTrainedModel, Preprocess, list[str]]
     if "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8")):
         raise BadInput(f"{path / 'config.json'} asks to run code of its own (auto_map), which lmkit does not do.")
     preprocess = Preprocess.load(path)
-    model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"{path} is no image classifier; wanted what recipes/vision/classify.py writes. {reason}"
+        ) from None
     return channels_last(model.eval()), preprocess, [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 

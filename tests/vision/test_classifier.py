@@ -1,6 +1,7 @@
 """Classifiers as directories; what each way of fine-tuning may change; views and mixtures of images."""
 
 import builtins
+import json
 
 import pytest
 import torch
@@ -147,6 +148,15 @@ def test_an_incomplete_directory_is_refused(tmp_path, file, message):
     PREPROCESS.save(tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(BadInput, match=message):
+        load_classifier(tmp_path)
+
+
+def test_a_directory_of_another_kind_is_refused(tmp_path):
+    ResNetConfig().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "vision-text-dual-encoder"}))
+    PREPROCESS.save(tmp_path)
+    with pytest.raises(BadInput, match=r"is no image classifier; wanted what recipes/vision/classify\.py writes"):
         load_classifier(tmp_path)
 
 
