@@ -93,6 +93,10 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
         return accelerator.prepare_model(module)
     if leaves_out:
         raise BadInput("a model whose parts learn in turn cannot be sharded; launch with accelerate_configs/ddp.yaml.")
+    if single := [name for name, parameter in module.named_parameters() if parameter.ndim == 0]:
+        raise BadInput(
+            f"{single[0]} is a single number, which cannot be shared out; launch with accelerate_configs/ddp.yaml."
+        )
     for tensor in (*module.to(accelerator.device).parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # what is channels last cannot be sharded
         torch.distributed.broadcast(tensor.data, 0)  # as DDP does: all start from the first one's

@@ -76,6 +76,21 @@ def test_two_processes_classify_as_one(worlds, tmp_path):
             assert column(tmp_path / name, metric) == pytest.approx(column(tmp_path / like, metric), abs=1e-5)
 
 
+def test_two_processes_compare_their_pairs_as_one(worlds, tmp_path):
+    """A pair is told from those of the other process too: half the batch in each makes the model of one."""
+    flags = ["--data", "builtin:digits", "--network", "lenet", "--preprocess.size", 28, "--augment.shift", 0]
+    flags += ["--train.bf16", False, "--train.max_steps", 4, "--train.logging_steps", 1, "--train.warmup_steps", 2]
+    for name, num_processes in (("one", 1), ("two", 2)):
+        argv = [*flags, "--output_dir", tmp_path / name]
+        argv += ["--train.per_device_train_batch_size", 20 // num_processes]
+        worlds.run(num_processes, recipe, "vision/clip", *argv)
+    assert close(tmp_path / "two" / "model", tmp_path / "one" / "model", 1e-4)
+    for metric in ("loss", "grad_norm", "eval/scale"):
+        assert column(tmp_path / "two", metric) == pytest.approx(column(tmp_path / "one", metric), rel=1e-3)
+    with pytest.raises(AssertionError, match=r"logit_scale is a single number, .* accelerate_configs/ddp\.yaml"):
+        worlds.run(2, recipe, "vision/clip", *flags, "--output_dir", tmp_path / "sharded", config="fsdp2.yaml")
+
+
 @pytest.mark.parametrize("config", [None, "fsdp2.yaml"])
 def test_two_processes_learn_from_rewards_as_one(worlds, chain, tmp_path, config):
     section = chain / "configs" / "ppo.yaml"
