@@ -13,6 +13,7 @@ ORDERS = [
     "import lmkit.models.encoder_decoder",
     "import lmkit.models.language_model",
     "import lmkit.models.load",
+    "import lmkit.generation.chat",
 ]
 CHECK = (
     "; from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForCausalLM as A"
