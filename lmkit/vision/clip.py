@@ -40,7 +40,7 @@ from lmkit.tokenization.train import train_tokenizer
 from lmkit.vision.augment import random_views
 from lmkit.vision.classifier import ImageNetworkConfig, channels_last, pooled
 from lmkit.vision.cnn import build_network
-from lmkit.vision.options import Augment, Preprocess
+from lmkit.vision.options import FILE, Augment, Preprocess
 from lmkit.vision.pixels import normalize
 
 MAX_LOG_SCALE = math.log(100)  # the paper's bound: a sharper temperature made its training unstable
@@ -110,13 +110,19 @@ AutoModel.register(TextTowerConfig, TextTower)
 def image_tower(network: str, preprocess: Preprocess) -> PreTrainedModel:
     """A network of `lmkit.vision.cnn` by name, or `hf:PATH`: a classifier of lmkit, a ViT and what gives as it does.
 
-    Raises BadInput for a directory whose model gives no pooled state [B, hidden_size] for these images.
+    Raises BadInput for a directory whose model gives no pooled state [B, hidden_size] for these images, and for a
+    classifier that learnt from images of another size, colour or way to a square.
     """
     kind, _, name = network.partition(":")
     if kind != "hf" or not name:
         sizes = {"num_channels": preprocess.channels, "image_size": preprocess.size}
         return ImageTower(ImageNetworkConfig(network=network, **sizes))
     check_model_files(Path(name))
+    if (Path(name) / FILE).is_file():
+        same = {"size", "channels", "resize"}
+        learnt, given = (one.model_dump(include=same) for one in (Preprocess.load(Path(name)), preprocess))
+        if learnt != given:
+            raise BadInput(f"{name} learnt from images with {learnt}, and preprocess has {given}. Set them to its own.")
     tower = AutoModel.from_pretrained(name, local_files_only=True, dtype=torch.float32)
     try:
         with torch.no_grad():
@@ -143,6 +149,10 @@ def language_model(
     """
     if source is not None:
         model, tokenizer = load_language_model(source)
+        if model.base_model is model:
+            raise BadInput(
+                f"{source} is a {type(model).__name__}, whose states are not given apart. Take a Transformer."
+            )
     else:
         tokenizer = train_tokenizer(lambda: captions, vocab_size=vocab_size, allow_smaller_vocab=True)
         model = build_model(new, tokenizer)

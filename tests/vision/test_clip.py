@@ -155,6 +155,14 @@ def test_new_towers_keep_the_weights_they_were_given(tmp_path, language):
     assert model.config.vision_config.hidden_size == 64
 
 
+def test_a_classifiers_body_sees_what_it_learnt_from(tmp_path):
+    new_classifier("resnet18_narrow", PREPROCESS, ["x", "y"]).save_pretrained(tmp_path)
+    PREPROCESS.save(tmp_path)
+    image_tower(f"hf:{tmp_path}", Preprocess(size=8, channels=1))
+    with pytest.raises(BadInput, match=r"learnt from images with .*'pad'.* preprocess has .*'stretch'.* Set them"):
+        image_tower(f"hf:{tmp_path}", Preprocess(size=8, channels=1, resize="stretch"))
+
+
 def test_directories_of_transformers_serve_where_they_pool(tmp_path):
     sizes = {"num_channels": 1, "image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16}
     ViTModel(ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "vit")
@@ -205,6 +213,14 @@ def test_an_incomplete_or_mismatched_directory_is_refused(tmp_path, task, langua
     new_classifier("softmax_regression", PREPROCESS, ["x", "y"]).save_pretrained(tmp_path / "classifier")
     with pytest.raises(BadInput, match="holds no image and text towers"):
         load_clip(tmp_path / "classifier")
+
+
+def test_a_text_model_gives_its_states_apart(monkeypatch, language):
+    whole = type("Whole", (), {})()
+    whole.base_model = whole
+    monkeypatch.setattr("lmkit.vision.clip.load_language_model", lambda path: (whole, language[1]))
+    with pytest.raises(BadInput, match=r"somewhere is a Whole, whose states are not given apart"):
+        language_model("somewhere", ModelConfig(), [], 0, 16)
 
 
 def test_a_text_model_has_positions_for_the_captions_and_fits_its_tokenizer(tmp_path, language):
