@@ -92,8 +92,14 @@ def load_pipeline(folder: Path) -> tuple[Denoiser, SamplingOptions]:
     except ValueError as error:
         raise BadInput(f"{folder / FILE} is not readable JSON ({error}). Make the model again.") from None
     record, preprocess = validate(DiffusionRecord, content, str(folder / FILE)), Preprocess.load(folder)
-    conditioner = _load_conditioner(folder, record)
-    network = _load_network(folder, conditioner)
+    try:
+        conditioner = _load_conditioner(folder, record)
+        network = _load_network(folder, conditioner)
+    except BadInput:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # weights that are missing, or of other sizes than config.json
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(f"{folder} is not whole: {reason} Make the model again.") from None
     return Denoiser(network, conditioner, record.process, preprocess, record.drop_condition).eval(), record.sampling
 
 
