@@ -1,6 +1,7 @@
 """The configurable Transformer computes what GPT-2, Llama, Qwen3, Marian and T5 do, from their weights; what a token
 gets depends neither on padding nor on the cache; every combination either trains or is refused with a reason."""
 
+import copy
 import itertools
 
 import pytest
@@ -315,6 +316,10 @@ def test_an_encoder_decoder_ignores_padding_on_both_sides_and_has_a_cache():
         cache = out.past_key_values
         parts.append(out.logits)
     assert torch.allclose(torch.cat(parts, 1), alone, atol=1e-5)
+    own = copy.deepcopy(model)
+    own.model.embed_tokens.weight.data.zero_()
+    assert torch.equal(model(input_ids=read, decoder_input_ids=written).logits, alone)
+    assert own.model.encoder(read).last_hidden_state.abs().max() < 1e-6, "a copy reads its own embeddings"
     weights = model(input_ids=read, decoder_input_ids=written, output_attentions=True)
     assert [tuple(w.shape) for w in weights.cross_attentions] == [(1, 4, 7, 6)] * 2
     assert [tuple(w.shape) for w in weights.encoder_attentions] == [(1, 4, 6, 6)] * 3
