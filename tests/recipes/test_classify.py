@@ -59,17 +59,6 @@ def test_it_learns_and_leaves_pictures_and_numbers(trained):
     assert float(report.split()[-1]) > 0.9
 
 
-def test_tensorboard_shows_the_network_and_its_mistakes_when_asked(trained, data, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert not (trained / "tensorboard").exists()
-    main(config(data, tmp_path, "--train.num_train_epochs", "1", "--report_to", "[tensorboard]"))
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["images"]) == {"confusion", "mistakes"}
-    assert events.Tags()["graph"]
-    assert "loss" in events.Tags()["scalars"]
-
-
 def test_the_directory_answers_as_the_run_did(trained, data, tmp_path):
     run = CliRunner().invoke
     found = run(app, ["vision", "evaluate", str(trained / "model"), str(data), "--out", str(tmp_path / "out")])
@@ -118,10 +107,29 @@ def test_patience_stops_early_and_keeps_the_best(data, tmp_path):
 
 
 def test_a_frozen_body_goes_on_with_other_classes(trained, data, tmp_path):
-    few = ("--init_from", str(trained / "model"), "--mode", "frozen", "--limit", "8", "--train.ema_decay", "null")
+    """And TensorBoard shows the network and what it mistakes, where it is asked for."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    few = (
+        "--report_to",
+        "[tensorboard]",
+        "--init_from",
+        str(trained / "model"),
+        "--mode",
+        "frozen",
+        "--limit",
+        "8",
+        "--train.ema_decay",
+        "null",
+    )
     directory = main(config(data, tmp_path, *few, "--train.per_device_train_batch_size", "8"))
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (trained, directory))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("body."))
+    assert not (trained / "tensorboard").exists()
+    events = accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"confusion", "mistakes"}
+    assert events.Tags()["graph"]
+    assert "loss" in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("mode", ["full", "gradual", "lora"])

@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 
 def config(data, output_dir, *flags):
-    options = {"data": data, "output_dir": output_dir, "train.num_train_epochs": 8, "preprocess.size": 8}
+    options = {"data": data, "output_dir": output_dir, "train.num_train_epochs": 6, "preprocess.size": 8}
     options |= {"train.per_device_train_batch_size": 12, "augment.shift": 0.0, "train.ema_decay": 0.8}
     options |= {"templates": "['a picture of a {}', 'a {}']"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
