@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lmkit.errors import BadInput
@@ -159,11 +159,6 @@ def empty(module: nn.Module) -> None:
     """Lets go of a module's weights; its buffers stay."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def is_sharded(prepared: nn.Module) -> bool:
-    """Whether `prepare` sharded a module."""
-    return isinstance(prepared, FSDPModule)
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
