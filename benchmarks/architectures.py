@@ -295,7 +295,10 @@ def depth_table(lines: list[dict]) -> list[str]:
     table = ["| norms | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|" + "---:|" * len(rates)]
     for name in names:
         cells = [f"`{name}`"]
-        for line in (found[name, rate] for rate in rates):
+        for line in (found.get((name, rate)) for rate in rates):
+            if line is None:
+                cells.append("not run")
+                continue
             score = f"{line['bits_per_byte']:.3f}" if "bits_per_byte" in line else line["stopped"].split(":")[0]
             cells.append(f"{score} (gradient up to {line['largest_grad_norm'] or math.inf:.2g})")
         table.append("| " + " | ".join(cells) + " |")

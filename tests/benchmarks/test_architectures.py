@@ -83,16 +83,17 @@ def test_a_table_for_each_budget_has_means_spreads_and_differences():
 def test_the_depth_table_tells_who_stopped_and_the_largest_gradient():
     options = {"group": "depth", "budget": 2e11}
     lines = [line("transformer", 2.0), line("post", 3.0, rate=0.1, **options), line("pre", 2.5, rate=0.1, **options)]
+    lines.append(line("pre", 2.25, rate=0.5, **options))
     stopped = line("deep", 0, rate=0.1, stopped="step 7: the loss is nan over 2048 tokens", **options)
     del stopped["bits_per_byte"]
     stopped["largest_grad_norm"] = None
     table = architectures.tables([*lines, stopped])["depth"]
     assert table[0].startswith("2e+11 training FLOP a row; seed 0;")
-    assert table[2] == "| norms | rate 0.1 |"
+    assert table[2] == "| norms | rate 0.1 | rate 0.5 |"
     assert table[4:] == [
-        "| `post` | 3.000 (gradient up to 1.5) |",
-        "| `pre` | 2.500 (gradient up to 1.5) |",
-        "| `deep` | step 7 (gradient up to inf) |",
+        "| `post` | 3.000 (gradient up to 1.5) | not run |",
+        "| `pre` | 2.500 (gradient up to 1.5) | 2.250 (gradient up to 1.5) |",
+        "| `deep` | step 7 (gradient up to inf) | not run |",
     ]
 
 
