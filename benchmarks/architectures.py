@@ -300,7 +300,7 @@ def depth_table(lines: list[dict]) -> list[str]:
                 cells.append("not run")
                 continue
             score = f"{line['bits_per_byte']:.3f}" if "bits_per_byte" in line else line["stopped"].split(":")[0]
-            cells.append(f"{score} (gradient up to {line['largest_grad_norm'] or math.inf:.2g})")
+            cells.append(f"{score} (gradient up to {line['largest_grad_norm'] or math.inf:.3g})")
         table.append("| " + " | ".join(cells) + " |")
     return table
 
