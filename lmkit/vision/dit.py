@@ -77,7 +77,9 @@ class DiT(PreTrainedModel):
         super().__init__(config)
         width, patch = config.hidden_size, config.patch_size
         self.squares = nn.Conv2d(config.num_channels, width, patch, patch)
-        self.places = nn.Parameter(0.02 * torch.randn(1, (config.image_size // patch) ** 2, width))
+        # Fixed, and as loud as a square. Learnt from small ones, places where images look alike become the same place,
+        # and then nothing can say what stands left of what.
+        self.register_buffer("places", places(config.image_size // patch, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
         self.text = nn.Linear(config.text_width, width) if config.text_width else None
@@ -119,12 +121,12 @@ class DiT(PreTrainedModel):
         if self.classes is not None:
             about = about + self.classes(class_labels)
         about = F.silu(about)[:, None]
-        # Places are learnt and added; the block's own rotation by position is left at none: cosine 1, sine 0.
+        # Places are added; the block's own rotation by position is left at none: cosine 1, sine 0.
         turned = torch.ones(1, x.shape[1], HEAD).to(x), torch.zeros(1, x.shape[1], HEAD).to(x)
         for block in self.blocks:
             x = block(x, about, mask[:, None, None], turned)
         shift, scale = self.modulation(about).chunk(2, -1)
-        x = self.head(self.norm(x[:, -self.places.shape[1] :]) * (1 + scale) + shift)
+        x = self.head(self.norm(x[:, -len(self.places) :]) * (1 + scale) + shift)
         side = sample.shape[-1] // self.config.patch_size
         return DiTOutput(F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size))
 
@@ -133,11 +135,17 @@ AutoConfig.register(DiTConfig.model_type, DiTConfig)
 AutoModel.register(DiTConfig, DiT)
 
 
-def waves(timesteps: Tensor, width: int) -> Tensor:
-    """Sines and cosines of timesteps [B], wavelengths from 2 pi to 2 pi 10,000: float32 [B, width]."""
-    rates = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=timesteps.device) / (width // 2))
+def waves(timesteps: Tensor, width: int, longest: float = 10_000) -> Tensor:
+    """Sines and cosines of timesteps [B], wavelengths from 2 pi to 2 pi `longest`: float32 [B, width]."""
+    rates = torch.exp(-math.log(longest) * torch.arange(width // 2, device=timesteps.device) / (width // 2))
     angles = timesteps.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def places(side: int, width: int) -> Tensor:
+    """[side^2, width] of the squares of an image, row by row: waves of the row beside waves of the column."""
+    row, column = (waves(steps, width // 2, 100) for steps in torch.cartesian_prod(*[torch.arange(side)] * 2).unbind(1))
+    return torch.cat([row, column], 1)
 
 
 def new_dit(options: DiTOptions, preprocess: Preprocess, conditioner: Conditioner) -> DiT:

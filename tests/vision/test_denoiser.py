@@ -10,7 +10,7 @@ from lmkit.models.presets import ModelConfig
 from lmkit.vision.conditioning import new_conditioner, without_some
 from lmkit.vision.denoiser import Denoiser, draw, drawing, held_out_loss, to_pixels
 from lmkit.vision.diffusion_options import DiTOptions, ProcessOptions, SamplingOptions, UNetOptions
-from lmkit.vision.dit import new_dit
+from lmkit.vision.dit import new_dit, places
 from lmkit.vision.options import Preprocess
 from lmkit.vision.pipeline import load_pipeline, save_pipeline
 from lmkit.vision.pixels import normalize
@@ -166,6 +166,15 @@ def test_the_dit_knows_where_a_square_is():
     with torch.no_grad():
         given = conditions(model, CAPTIONS[:2])
         assert not torch.allclose(model.predict(moved, 9, given), model.predict(X, 9, given).roll(2, 3), atol=1e-3)
+
+
+def test_places_are_all_different_and_as_loud_as_what_stands_there():
+    """Neighbours and places half an image apart alike; learnt from near 0 instead, the two halves became one."""
+    found = places(4, 128)
+    assert found.norm(dim=1).tolist() == pytest.approx([8.0] * 16)
+    apart = torch.cdist(found, found) + 99 * torch.eye(16)
+    assert apart.min() > 1.9
+    assert apart[0, 2] > 3.5
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
