@@ -17,10 +17,11 @@ from lmkit.models.presets import ModelConfig
 from lmkit.stage import Stage, run
 from lmkit.vision.options import Augment, ImageTrainConfig, Preprocess
 
+TEXT = ModelConfig(preset="nano", num_hidden_layers=3, context_length=64)
 TRAIN = ImageTrainConfig(
     num_train_epochs=3,
     per_device_train_batch_size=128,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     lr_scheduler_type="cosine",
     optim="adamw_torch_fused",
     weight_decay=0.05,
@@ -36,7 +37,7 @@ class ClipConfig(StageConfig):
     templates: list[str] = setting(["{}"], "texts with {} for a class's name, whose mean is the class (zero-shot)")
     network: str = setting("resnet18_narrow", "image tower: a name in lmkit/vision/cnn.py, or hf:DIRECTORY")
     text_model: Path | None = setting(None, "text tower: a language model with its tokenizer; empty: a new one")
-    text: ModelConfig = setting(ModelConfig(preset="nano", context_length=64), "size of a new text tower")
+    text: ModelConfig = setting(TEXT, "size of a new text tower")
     vocab_size: int = setting(512, "most ids of a new text tower's tokenizer, which is trained on the captions", gt=0)
     caption_length: int = setting(64, "longest caption in tokens; longer ones are cut", gt=1)
     projection_dim: int = setting(64, "width of the space that images and captions share", gt=0)
