@@ -86,6 +86,18 @@ def test_stopping_and_going_on_gives_the_same_bits(trained, data, tmp_path, monk
     assert (trained / "results/samples.png").read_bytes() == (tmp_path / "results/samples.png").read_bytes()
 
 
+def test_adamw_has_the_memories_of_the_configuration(data, tmp_path, monkeypatch):
+    real, built = loop.build_optimizers, []
+
+    def build(*args):
+        built.extend(real(*args))
+        return built
+
+    monkeypatch.setattr(loop, "build_optimizers", build)
+    main(config(data, tmp_path, "--train.adam_beta2", "0.98"))
+    assert {group["betas"] for optimizer in built for group in optimizer.param_groups} == {(0.0, 0.98)}
+
+
 def test_a_loss_that_is_not_finite_stops_it(data, tmp_path):
     with pytest.raises(Stopped, match=r"step \d+: the loss is") as stopped:
         main(config(data, tmp_path, "--train.learning_rate", "1e30"))
