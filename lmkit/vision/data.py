@@ -41,17 +41,18 @@ class Example:
 def read_images(source: str | Path, label_pattern: str | None = None) -> dict[str, list[Example]]:
     """The examples of each split that `source` holds; "train" alone when it does not say.
 
-    source: a folder, an .npz or .parquet file, `builtin:digits`, or `builtin:digit_pairs` (`lmkit.vision.scenes`).
+    source: a folder, an .npz or .parquet file, `builtin:digits`, or `builtin:digit_pairs` and
+    `builtin:digit_pairs_left_of` (`lmkit.vision.scenes`).
     label_pattern: a regular expression with one group, matched in the file name; the group is the label.
 
     Raises BadInput for what is missing or holds no images.
     """
     if str(source) == "builtin:digits":
         return _digits()
-    if str(source) == "builtin:digit_pairs":
+    if str(source) in ("builtin:digit_pairs", "builtin:digit_pairs_left_of"):
         from lmkit.vision.scenes import digit_pairs
 
-        return digit_pairs(_digits())
+        return digit_pairs(_digits(), one_form=str(source).endswith("left_of"))
     path = Path(source)
     if not path.exists():
         raise BadInput(f"{path} does not exist; wanted a folder of images, an .npz, a .parquet, or builtin:digits.")

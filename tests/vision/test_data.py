@@ -190,6 +190,9 @@ def test_pairs_of_digits_hold_ten_of_a_hundred_out_in_both_orders():
             words = [DIGITS[int(left)], DIGITS[int(right)]]
             assert example.label == " left of ".join(words)
             assert example.caption in (example.label, " right of ".join(reversed(words)))
+    one_form = read_images("builtin:digit_pairs_left_of")
+    assert all(e.caption == e.label for examples in one_form.values() for e in examples)
+    assert [e.image.tobytes() for e in one_form["train"]] == [e.image.tobytes() for e in splits["train"]]
 
 
 @pytest.mark.realdata
