@@ -23,6 +23,7 @@ from lmkit.errors import BadInput
 
 NAME = "lmkit"
 BLOCK = 128  # queries whose products stay in a CPU's cache
+MAX_IN_BLOCKS = 1024  # longer rows are left to the fused kernel, which keeps no T x T / 2 weights for the backward
 
 
 def causal_attention(
@@ -60,7 +61,8 @@ def causal_attention(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            if (bf16 or value.dtype == torch.bfloat16) and mask is None and not dropout:
+            short = query.shape[2] <= MAX_IN_BLOCKS
+            if (bf16 or value.dtype == torch.bfloat16) and short and mask is None and not dropout:
                 output = _in_blocks(query, key, value, scaling)
             else:
                 output = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)

@@ -61,6 +61,13 @@ def test_bfloat16_on_a_cpu_is_float32_attention_within_its_rounding(length, key_
         assert error < 0.02
 
 
+def test_rows_too_long_for_products_are_left_to_the_fused_kernel():
+    state = torch.randn(1, 1, 1025, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = [causal_attention(None, *[state[:, :, :n]] * 3, None)[0].dtype for n in (1024, 1025)]
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 def test_documents_are_kept_apart_in_float32_under_autocast():
     query = torch.randn(1, 2, 6, 8)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
