@@ -6,25 +6,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM
 
+from lmkit.artifact import seal
 from lmkit.config import validate
-from lmkit.stage import read_record
+from lmkit.errors import Interrupted
+from lmkit.models.presets import ModelConfig, build_model
+from lmkit.stage import Stage, read_record
+from lmkit.tokenization.read import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-BLOCK = "{positions: alibi, norm_placement: sandwich, norm: layernorm}"
-MODELS = {
-    "lstm": ["--pretrain.model.arch", "lstm"],
-    "transformer": ["--pretrain.model.arch", "transformer", "--pretrain.model.block", BLOCK],
-}
+BLOCK = {"positions": "alibi", "norm_placement": "sandwich", "norm": "layernorm"}
+MODELS = {"lstm": {"arch": "lstm"}, "transformer": {"arch": "transformer", "block": BLOCK}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_whole_chain_runs(name, tmp_path):
     command = [sys.executable, "recipes/rlhf.py", "--config", "recipes/configs/nano/rlhf.yaml", "--name", name]
-    process = subprocess.run(
-        [*command, "--runs_dir", str(tmp_path), *MODELS[name]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command += ["--runs_dir", str(tmp_path), "--pretrain.model.arch", name]
+    command += ["--pretrain.model.block", json.dumps(MODELS[name].get("block", {}))]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     run = tmp_path / name
     assert (run / "report.html").is_file()
@@ -35,19 +39,72 @@ def test_the_whole_chain_runs(name, tmp_path):
     assert kind == {"lstm": "lmkit_recurrent", "transformer": "lmkit_transformer"}[name]
 
 
-@pytest.mark.parametrize(
-    ("objective", "block", "asked"),
-    [("masked", {"causal": False}, True), ("span_corruption", {"num_encoder_layers": 1}, True), ("prefix", {}, False)],
-)
-def test_pretraining_by_another_objective(nano, tmp_path, objective, block, asked, capsys):
+@pytest.mark.parametrize("name", MODELS)
+def test_sft_reward_and_ppo_take_over_from_each_other(name, nano, tmp_path):
+    """What the chain does, in one process and with a model that has learnt nothing."""
+    import ppo
+    import reward
+    import sft
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(nano / "model")
+    fresh = build_model(validate(ModelConfig, {"preset": "nano", "context_length": 256} | MODELS[name]), tokenizer)
+    for part in (fresh, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    few = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
+    settings = {"output_dir": tmp_path / "sft", "model": tmp_path / "model", "data": str(nano / "sft.jsonl")}
+    sft.main(sft.SFTStageConfig(**settings, train=sft.TRAIN | few))
+    with seal(tmp_path / "pairs") as staging:
+        rows = [{"prompt": f"Is it {i}?", "chosen": "Yes, it is so.", "rejected": "No, it is not."} for i in range(40)]
+        splits = {"train": Dataset.from_list(rows[:32]), "heldout": Dataset.from_list(rows[32:])}
+        DatasetDict(splits).save_to_disk(staging)
+    settings = {"output_dir": tmp_path / "reward", "model": tmp_path / "sft/model", "data": tmp_path / "pairs"}
+    reward.main(reward.RewardStageConfig(**settings, train=reward.TRAIN | few | {"max_steps": 12}))
+    assert read_record(tmp_path / "reward")["metrics"]["accuracy"] == 1
+    settings = {"output_dir": tmp_path / "ppo", "model": tmp_path / "sft/model", "num_eval_prompts": 2}
+    settings |= {"reward": str(tmp_path / "reward/model"), "prompts": str(nano / "prompts.train.jsonl")}
+    train = {"total_episodes": 16, "rollout_batch_size": 8, "max_new_tokens": 8, "eval_steps": 2, "num_ppo_epochs": 1}
+    train |= {"guard_min_eos_rate": None, "guard_min_entropy": None}
+    train = ppo.PPOConfig(**(ppo.TRAIN.model_dump() | train))
+    directory = ppo.main(ppo.PPOStageConfig(**settings, eval_prompts=str(nano / "prompts.heldout.jsonl"), train=train))
+    assert read_record(directory)["metrics"]["val/first_ratio_error"] < 1e-4
+    policy, before = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (directory, tmp_path / "sft"))
+    assert type(policy) is type(fresh)
+    moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())]
+    assert all(moved)
+
+
+OBJECTIVES = {
+    "masked": {"arch": "transformer", "block": {"causal": False}},
+    "span_corruption": {"arch": "transformer", "block": {"num_encoder_layers": 1}},
+    "prefix": {"arch": "transformer"},
+    "prefix, read by an encoder": {"arch": "transformer", "block": {"num_encoder_layers": 1}},
+    "next_token, both ways": {"arch": "elmo"},
+    "next_token, by a state": {"arch": "lstm", "bptt_tokens": 24},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_pretraining_by_another_objective_stops_and_goes_on_with_the_same_bits(
+    nano, tmp_path, name, capsys, monkeypatch
+):
     import pretrain
 
     train = {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 2, "eval_steps": 4}
     settings = {"shards": nano / "shards", "tokenizer": nano / "model", "validation_tokens": 600, "ngram_orders": [3]}
-    model = {"preset": "nano", "context_length": 96, "arch": "transformer", "block": block}
-    settings |= {"objective": objective, "model": model, "train": train, "output_dir": tmp_path / "pretrain"}
-    pretrain.main(validate(pretrain.PretrainConfig, settings))
-    metrics = read_record(tmp_path / "pretrain")["metrics"]
+    settings |= {"objective": name.split(",")[0], "model": {"preset": "nano", "context_length": 96} | OBJECTIVES[name]}
+    settings |= {"train": train, "packing": "stream"}
+    run = lambda folder: pretrain.main(validate(pretrain.PretrainConfig, settings | {"output_dir": tmp_path / folder}))  # noqa: E731
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        answers = iter([False, True])
+        patch.setattr(Stage, "stop_requested", lambda self: next(answers))
+        with pytest.raises(Interrupted, match="step 2"):
+            run("parts")
+    parts = run("parts")
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (whole, parts)]
+    assert weights[0] == weights[1]
+    metrics, asked = read_record(whole)["metrics"], name.startswith(("masked", "span", "prefix, "))
     assert ("eval/bits_per_byte" in metrics) != asked
     assert metrics["eval/nats_per_token"] > 1
     assert ("nats for each token asked for" in capsys.readouterr().out) == asked
