@@ -145,9 +145,15 @@ def language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What the text tower is made of, and its tokenizer, which cuts captions at `length` tokens.
 
-    source: the directory of a causal language model; None: a `new` one, its tokenizer trained on the captions.
+    source: the directory of a causal language model, or of a pair of towers, whose text tower has learnt what captions
+    say of images; None: a `new` one, its tokenizer trained on the captions.
     """
-    if source is not None:
+    if source is not None and is_clip(source):
+        pair, tokenizer, _ = load_clip(source)
+        if not isinstance(pair.text_model, TextTower):
+            raise BadInput(f"{source} has a {type(pair.text_model).__name__} for texts; wanted towers of clip.py.")
+        model = pair.text_model.language_model
+    elif source is not None:
         model, tokenizer = load_language_model(source)
         if model.base_model is model:
             raise BadInput(

@@ -43,8 +43,6 @@ class Denoiser(nn.Module):
         self.network, self.conditioner = channels_last(network), conditioner
         self.process, self.preprocess, self.drop_condition = process, preprocess, drop_condition
         self.schedule = make_schedule(process.schedule)
-        # Training batches so far, in a buffer so that a resumed run goes on counting.
-        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, pixels: Tensor, **batch: Tensor) -> tuple[Tensor, Tensor]:
         clean = normalize(pixels, self.preprocess)
@@ -52,11 +50,9 @@ class Denoiser(nn.Module):
         options = {"device": clean.device, "generator": generator}
         level = torch.randint(len(self.schedule), (len(clean),), **options)
         noise = torch.randn(clean.shape, **options)
-        if self.training:
-            self.batches_seen += 1
-            if self.drop_condition and batch:
-                dropped = torch.rand(len(clean), device=clean.device) < self.drop_condition
-                batch = without_some(self.conditioner, batch, dropped)
+        if self.training and self.drop_condition and batch:
+            dropped = torch.rand(len(clean), device=clean.device) < self.drop_condition
+            batch = without_some(self.conditioner, batch, dropped)
         numbers = (self.schedule.alphas, self.schedule.sigmas)
         alpha, sigma = (values.to(clean.device)[level].float().view(-1, 1, 1, 1) for values in numbers)
         predicted = self.predict(add_noise(clean, noise, alpha, sigma), level, self.conditioner(**batch))

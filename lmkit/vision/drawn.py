@@ -32,32 +32,30 @@ Split = tuple[Tensor, list[Example]]
 
 
 def shown(words: Sequence[str], number: int = COLUMNS) -> list[str]:
-    """`number` of the different words, evenly from the first to the last in order; fewer where there are fewer.
+    """`number` of the different words, evenly from the first to the last in order; all where there are fewer.
 
-    >>> shown(["b", "a", "b", "c", "d"], 2), shown(["", ""], 3)
-    (['a', 'c'], ['', '', ''])
+    >>> shown(["b", "a", "b", "c", "d"], 2), shown(["b", "a"], 3), shown(["", ""], 3)
+    (['a', 'c'], ['a', 'b'], ['', '', ''])
     """
     different = sorted(set(words))
     if different == [""]:
         return [""] * number
-    return [different[i * len(different) // number] for i in range(min(number, len(different)))]
+    number = min(number, len(different))
+    return [different[i * len(different) // number] for i in range(number)]
 
 
-def save_progress(
-    folder: Path, denoiser: Denoiser, words: Sequence[str], sampling: SamplingOptions, ema: EMA | None
-) -> list[dict[str, str]]:
-    """A picture of one image after each of `words`, by the plain weights above and by the averaged ones below.
+def progress(
+    denoiser: Denoiser, words: Sequence[str], sampling: SamplingOptions, ema: EMA | None
+) -> list[dict[str, Any]]:
+    """A row for samples.jsonl: one image after each of `words`, by the plain weights above and the averaged ones below.
 
-    Always of the same noise. Returns a row that says where it is, for samples.jsonl.
+    Always of the same noise.
     """
     sheets = [draw(denoiser, words, sampling)]
     if ema is not None:
         with ema.applied():
             sheets.append(draw(denoiser, words, sampling))
-    folder.mkdir(exist_ok=True)
-    path = folder / f"batch-{int(denoiser.batches_seen):06d}.png"
-    grid(torch.cat(sheets), len(words), SCALE).save(path)
-    return [{"picture": path.name, "drawn_after": " | ".join(words)}]
+    return [{"drawn": grid(torch.cat(sheets), len(words), SCALE), "after": " | ".join(words)}]
 
 
 def write_pictures(

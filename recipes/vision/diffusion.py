@@ -39,8 +39,8 @@ class DiffusionConfig(StageConfig):
     network: Literal["unet", "dit"] = setting("unet", "what predicts")
     unet: UNetOptions = setting(UNetOptions(), "its sizes, if it is a U-Net")
     dit: DiTOptions = setting(DiTOptions(), "its sizes, if it is a diffusion transformer")
-    text_model: Path | None = setting(None, "reader of captions: a language model; empty: a new one, both ways")
-    freeze_text: bool = setting(False, "leave that language model as it is")
+    text_model: Path | None = setting(None, "reader of captions: a language model, or what clip.py wrote; empty: new")
+    freeze_text: bool = setting(False, "leave that reader as it is")
     text: ModelConfig = setting(ModelConfig(preset="nano", context_length=64), "size of a new reader")
     vocab_size: int = setting(512, "most ids of a new reader's tokenizer, which is trained on the captions", gt=0)
     caption_length: int = setting(64, "longest caption in tokens", gt=1)
@@ -71,7 +71,7 @@ def main(config: DiffusionConfig) -> Path:
     from lmkit.vision.conditioning import conditioned_splits, new_conditioner, words_of
     from lmkit.vision.denoiser import Denoiser, held_out_loss
     from lmkit.vision.dit import new_dit
-    from lmkit.vision.drawn import save_progress, shown, write_results
+    from lmkit.vision.drawn import progress, shown, write_results
     from lmkit.vision.judge import load_judge
     from lmkit.vision.pipeline import save_pipeline
     from lmkit.vision.pixels import load_splits, measured
@@ -101,8 +101,7 @@ def main(config: DiffusionConfig) -> Path:
         fetch = lambda rows: {"pixels": pixels[rows]} | {name: t[rows] for name, t in batch.items()}  # noqa: E731
         options = {"unit": "images", "ema": ema}
         options["evaluate"] = lambda: {"eval/loss": held_out_loss(model, loaded["test"][0], words["test"])}
-        picture = (stage.directory / "samples", model, shown(words["train"]), config.sampling, ema)
-        options["sample"] = lambda: save_progress(*picture)
+        options["sample"] = lambda: progress(model, shown(words["train"]), config.sampling, ema)
         metrics = loop.fit(model, fetch, len(pixels), train, accelerator=accelerator, stage=stage, **options)
         if accelerator.is_main_process:
             with ema.applied() if ema else contextlib.nullcontext():

@@ -49,3 +49,28 @@ def pairs(nano):
             rejected = " ".join(reversed(row["completion"].split()))
             file.write(json.dumps({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def label_folders(tmp_path_factory):
+    """A function that draws the kinds it is given, bar, dot or ring in noise, into label folders of train and test."""
+    import numpy as np
+    from PIL import Image
+
+    shapes = {kind: np.zeros((8, 8)) for kind in ("bar", "dot", "ring")}
+    shapes["bar"][:, 3:5] = 200
+    shapes["dot"][3:5, 3:5] = 200
+    shapes["ring"][1:7, 1:7] = 200
+    shapes["ring"][2:6, 2:6] = 0
+
+    def draw(*kinds):
+        folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+        for split, count in (("train", 24), ("test", 8)):
+            for kind in kinds:
+                (folder / split / kind).mkdir(parents=True)
+                for number in range(count):
+                    picture = np.clip(shapes[kind] + generator.normal(0, 20, (8, 8)), 0, 255).astype(np.uint8)
+                    Image.fromarray(picture).save(folder / split / kind / f"{number}.png")
+        return folder
+
+    return draw

@@ -5,10 +5,8 @@ import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 from vision.clip import ClipConfig, main
@@ -22,22 +20,16 @@ KINDS = ("bar", "dot", "ring")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(label_folders):
     """Pictures of three kinds with captions and labels, in two splits."""
-    folder, generator = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0)
-    shapes = {name: np.zeros((8, 8)) for name in KINDS}
-    shapes["bar"][:, 3:5] = 200
-    shapes["dot"][3:5, 3:5] = 200
-    shapes["ring"][1:7, 1:7] = 200
-    shapes["ring"][2:6, 2:6] = 0
-    for split, count in (("train", 24), ("test", 8)):
-        rows = []
-        (folder / split).mkdir()
-        for name, shape in shapes.items():
-            for number in range(count):
-                picture = np.clip(shape + generator.normal(0, 20, shape.shape), 0, 255).astype(np.uint8)
-                Image.fromarray(picture).save(folder / split / f"{name}{number}.png")
-                rows.append({"file_name": f"{name}{number}.png", "label": name, "text": f"a picture of a {name}"})
+    folder = label_folders(*KINDS)
+    for split in ("train", "test"):
+        files = sorted((folder / split).rglob("*.png"))
+        rows = [
+            {"file_name": str(file.relative_to(folder / split)), "label": kind, "text": f"a picture of a {kind}"}
+            for file in files
+            for kind in [file.parent.name]
+        ]
         (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -79,7 +71,7 @@ def test_the_directory_judges_names_and_ranks(trained, data, tmp_path):
     assert json.loads((out / "metrics.json").read_text()) == json.loads(
         (trained / "results" / "metrics.json").read_text()
     )
-    pictures = [data / "test" / f"{name}0.png" for name in KINDS]
+    pictures = [data / "test" / name / "0.png" for name in KINDS]
     classes = ("--classes", ",".join(f"a picture of a {name}" for name in KINDS))
     found = ask("predict", model, *pictures, *classes)
     assert [line.split("  ")[1].split()[-2] for line in found.stdout.splitlines()] == list(KINDS)
@@ -130,6 +122,6 @@ def test_what_cannot_work_is_said(data, tmp_path, flags, message):
 def test_labels_without_captions_are_refused_or_made_captions(data, tmp_path):
     for name in KINDS[:2]:
         (tmp_path / name).mkdir()
-        shutil.copy(data / "train" / f"{name}0.png", tmp_path / name)
+        shutil.copy(data / "train" / name / "0.png", tmp_path / name)
     with pytest.raises(BadInput, match=r"1 of 1 images|2 of 2 images of train have no caption"):
         main(config(tmp_path, tmp_path / "out"))

@@ -15,28 +15,18 @@ from vision.diffusion import DiffusionConfig, main
 from lmkit.cli import app
 from lmkit.config import load
 from lmkit.errors import BadInput, Interrupted
+from lmkit.models.presets import ModelConfig
 from lmkit.training import loop
 from lmkit.vision.classifier import new_classifier
+from lmkit.vision.clip import image_tower, language_model, pair_towers, save_clip
 from lmkit.vision.options import Preprocess
 
 CLASSES = ("bar", "ring")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Pictures of two kinds, in label folders."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    shapes = {name: np.zeros((8, 8)) for name in CLASSES}
-    shapes["bar"][:, 3:5] = 200
-    shapes["ring"][1:7, 1:7] = 200
-    shapes["ring"][2:6, 2:6] = 0
-    for split, count in (("train", 24), ("test", 8)):
-        for name, shape in shapes.items():
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                picture = np.clip(shape + generator.normal(0, 20, shape.shape), 0, 255).astype(np.uint8)
-                Image.fromarray(picture).save(folder / split / name / f"{number}.png")
-    return folder
+def data(label_folders):
+    return label_folders(*CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +72,10 @@ def test_it_leaves_pictures_and_numbers(trained):
         names = ("accuracy", "accuracy_shuffled", "fd", "fd_floor", "nearest_drawn", "nearest_test")
         assert {f"guidance_{scale}/{name}" for name in names} <= set(metrics)
     rows = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
-    assert [row["picture"] for row in rows] == ["batch-000004.png", "batch-000008.png"]
-    sheet = Image.open(trained / "samples" / "batch-000008.png")  # plain weights above, averaged ones below
-    assert np.array(sheet).shape == (2 * 33 + 1, 2 * 33 + 1)
-    halves = np.array(sheet)[:34], np.array(sheet)[33:]
+    assert [(row["step"], row["after"]) for row in rows] == [(4, "a bar | a ring"), (8, "a bar | a ring")]
+    sheet = np.array(Image.open(trained / rows[-1]["drawn"]))[..., 0]  # plain weights above, averaged ones below
+    assert sheet.shape == (2 * 33 + 1, 2 * 33 + 1)
+    halves = sheet[:34], sheet[33:]
     assert not np.array_equal(*halves)
     assert "eval/ema_loss" in (trained / "metrics.jsonl").read_text()
 
@@ -107,8 +97,8 @@ def test_stopping_and_going_on_gives_the_same_bits(trained, data, judge, tmp_pat
     first, second = weights(trained), weights(tmp_path)  # these are the averaged ones
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(calls) == 8
-    pictures = [(f / "samples" / "batch-000008.png").read_bytes() for f in (trained, tmp_path)]  # plain and averaged
-    assert pictures[0] == pictures[1]
+    name = "samples/step-000008-0-drawn.png"  # by plain weights and by averaged ones
+    assert (trained / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_a_directory_draws_on_request(trained, tmp_path):
@@ -153,6 +143,31 @@ def test_a_language_model_reads_the_captions_and_stays_as_it_is(nano, data, tmp_
     read = {name.removeprefix("text_encoder/"): t for name, t in after.items() if name.startswith("text_encoder/")}
     assert len(read) > 10
     assert all(torch.equal(before[f"model.{name}"], tensor) for name, tensor in read.items())
+
+
+def test_the_text_tower_of_a_pair_reads_the_captions_and_tensorboard_shows_what_is_drawn(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seen = Preprocess(size=8, channels=1, mean=[0.0], std=[1.0])
+    language, tokenizer = language_model(None, ModelConfig(preset="nano", context_length=16), ["a bar"] * 9, 384, 16)
+    save_clip(tmp_path / "pair", pair_towers(image_tower("mlp", seen), language, 8), tokenizer, seen)
+    flags = [
+        "--text_model",
+        str(tmp_path / "pair"),
+        "--freeze_text",
+        "--caption_length",
+        "16",
+        "--train.max_steps",
+        "4",
+    ]
+    flags += ["--train.max_steps", "4", "--report_to", "[tensorboard]"]
+    folder = main(config(data, tmp_path / "run", *flags))
+    before, after = load_file(tmp_path / "pair" / "model.safetensors"), weights(folder)
+    read = {name.removeprefix("text_encoder/"): t for name, t in after.items() if name.startswith("text_encoder/")}
+    assert all(torch.equal(before[f"text_model.language_model.{name}"], tensor) for name, tensor in read.items())
+    assert len(read) == sum(name.startswith("text_model.language_model.") for name in before) > 10
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [image.step for image in events.Images("drawn")] == [4]
 
 
 def test_nothing_to_be_drawn_after_is_a_condition_too(data, tmp_path):

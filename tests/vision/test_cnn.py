@@ -149,6 +149,14 @@ def test_a_convolution_worked_by_hand(image, options, expected):
     assert convolved(image, **options) == expected
 
 
+def test_the_channels_of_a_colour_patch_are_added_up():
+    """Products of 1, 5 and -1 in red, green and blue and a bias of 0 are one number, 5."""
+    patch = torch.tensor([[[1.0, 2], [0, 1]], [[2, 0], [1, 1]], [[1, 1], [0, 3]]])[None]
+    kernel = torch.tensor([[[1.0, 0], [2, 0]], [[2, 1], [0, 1]], [[0, -1], [1, 0]]])[None]
+    assert (patch * kernel).sum((0, 2, 3)).tolist() == [1, 5, -1]
+    assert F.conv2d(patch, kernel, torch.zeros(1)).tolist() == [[[[5]]]]
+
+
 def test_pooling_worked_by_hand():
     image = torch.tensor(SQUARE)[None, None]
     assert F.max_pool2d(image, 3).tolist() == [[[[2]]]]
