@@ -25,9 +25,9 @@ from lmkit.vision.denoiser import Denoiser, draw, drawing
 from lmkit.vision.diffusion_options import SamplingOptions, why_not_guided
 from lmkit.vision.judge import Judge, distances, judged
 from lmkit.vision.pipeline import load_pipeline
-from lmkit.vision.plots import grid, save_gif
+from lmkit.vision.plots import grid, headed, save_gif
 
-COLUMNS, ROWS, SCALE = 10, 8, 4  # of the sheet of samples; pixels of the screen for one of an image
+COLUMNS, ROWS = 10, 8  # of the sheet of samples
 Split = tuple[Tensor, list[Example]]
 
 
@@ -55,14 +55,14 @@ def progress(
     if ema is not None:
         with ema.applied():
             sheets.append(draw(denoiser, words, sampling))
-    return [{"drawn": grid(torch.cat(sheets), len(words), SCALE), "after": " | ".join(words)}]
+    return [{"drawn": _sheet(torch.cat(sheets), words), "after": " | ".join(words)}]
 
 
 def write_pictures(
     denoiser: Denoiser, words: Sequence[str], sampling: SamplingOptions, seed: int, png: Path, gif: Path | None = None
 ) -> None:
-    """A sheet with an image for each of `words`, a row for every `COLUMNS` of them, and how it came out of noise."""
-    frames = [grid(images, min(COLUMNS, len(words)), SCALE) for images in drawing(denoiser, words, sampling, seed)]
+    """A sheet of `ROWS` images after each of `words`, which stand above them, and how it came out of noise."""
+    frames = [_sheet(images, words) for images in drawing(denoiser, [*words] * ROWS, sampling, seed)]
     frames[-1].save(png)
     if gif is not None:
         save_gif(frames, gif)
@@ -100,10 +100,15 @@ def sample_directory(
     for file, image in zip(files, images):
         Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(file)
     if sheet is not None:
-        grid(images, number, SCALE).save(sheet)
+        grid(images, number).save(sheet)
     if gif is not None:
-        save_gif([grid(frame, number, SCALE) for frame in (*frames, images)], gif)
+        save_gif([grid(frame, number) for frame in (*frames, images)], gif)
     return files
+
+
+def _sheet(images: Tensor, words: Sequence[str]) -> Image.Image:
+    sheet = grid(images, len(words))
+    return headed(sheet, words) if any(words) else sheet
 
 
 def write_results(
@@ -123,7 +128,7 @@ def write_results(
     """
     kind = denoiser.conditioner.kind
     (train, train_examples), (test, test_examples) = splits["train"], splits["test"]
-    words = shown(words_of(train_examples, kind)) * ROWS
+    words = shown(words_of(train_examples, kind))
     write_pictures(denoiser, words, sampling, seed, folder / "samples.png", folder / "denoising.gif")
     metrics: dict[str, float] = {}
     if judge is not None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+SIDE = 64  # pixels of the screen, at least about, for an image
+LINE, LETTER, MARGIN = 13, 7, 2  # pixels of a line and a letter of the words above a sheet, and around them
 
-def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
-    """uint8 [N, C, S, S] side by side, row after row, a line of grey between them."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 [N, C, S, S] side by side, row after row, a line of grey between them; small ones larger than they are."""
+    rows, scale = math.ceil(len(images) / columns), max(1, SIDE // images.shape[-1])
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     _, channels, height, width = images.shape
     sheet = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 96, dtype=torch.uint8)
@@ -24,6 +27,19 @@ def grid(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Im
         sheet[:, top : top + height, left : left + width] = image
     array = sheet.permute(1, 2, 0).numpy()
     return Image.fromarray(array.squeeze(2) if channels == 1 else array)
+
+
+def headed(sheet: Image.Image, words: Sequence[str]) -> Image.Image:
+    """A `grid` of one column for each of `words`, with the words above it, in lines of the column's width."""
+    width = sheet.width // len(words)
+    heads = [textwrap.fill(word, max(width // LETTER, 1)) for word in words]
+    height = 2 * MARGIN + LINE * (1 + max(head.count("\n") for head in heads))
+    whole = Image.new(sheet.mode, (sheet.width, sheet.height + height), "white")
+    whole.paste(sheet, (0, height))
+    font, draw = ImageFont.load_default(LINE - MARGIN), ImageDraw.Draw(whole)
+    for column, head in enumerate(heads):
+        draw.multiline_text((column * width + MARGIN, MARGIN), head, "black", font, spacing=MARGIN)
+    return whole
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 80) -> None:

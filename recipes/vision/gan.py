@@ -86,7 +86,7 @@ def main(config: GanConfig) -> Path:
 
         def sample() -> list[dict[str, Any]]:
             with ema.applied() if ema else contextlib.nullcontext():
-                return [{"drawn": grid(draw(generator, 40), 10, scale=4)}]
+                return [{"drawn": grid(draw(generator, 40), 10)}]
 
         ema = EMA(train.ema_decay) if train.ema_decay else None
         fetch = lambda rows: {"pixels": pixels[rows]}  # noqa: E731
@@ -102,7 +102,7 @@ def main(config: GanConfig) -> Path:
                 found = distances(judge, drawn, test_pixels, test_labels, pixels, labels)
                 stage.say("\n".join(f"{name}  {value:.4f}" for name, value in found.items()))
             with stage.seal("results") as folder:
-                grid(drawn[:80], 10, scale=4).save(folder / "samples.png")
+                grid(drawn[:80], 10).save(folder / "samples.png")
                 write_json(folder / "metrics.json", found)
             stage.finish(metrics | found)
     return stage.directory

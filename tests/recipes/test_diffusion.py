@@ -74,8 +74,9 @@ def test_it_leaves_pictures_and_numbers(trained):
     rows = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["after"]) for row in rows] == [(4, "a bar | a ring"), (8, "a bar | a ring")]
     sheet = np.array(Image.open(trained / rows[-1]["drawn"]))[..., 0]  # plain weights above, averaged ones below
-    assert sheet.shape == (2 * 33 + 1, 2 * 33 + 1)
-    halves = sheet[:34], sheet[33:]
+    assert sheet.shape == (17 + 2 * 65 + 1, 2 * 65 + 1)
+    assert all((head < 99).sum() > 20 and (head == 255).sum() > 500 for head in (sheet[:17, :65], sheet[:17, 65:]))
+    halves = sheet[17 : 17 + 66], sheet[17 + 65 :]
     assert not np.array_equal(*halves)
     assert "eval/ema_loss" in (trained / "metrics.jsonl").read_text()
 
@@ -109,7 +110,7 @@ def test_a_directory_draws_on_request(trained, tmp_path):
     assert found.output == f"6 images written to {out}\n"
     assert [Image.open(file).size for file in sorted(out.iterdir())] == [(8, 8)] * 6
     assert Image.open(gif).n_frames == 2
-    assert Image.open(sheet).size == (3 * 33 + 1, 2 * 33 + 1)
+    assert Image.open(sheet).size == (3 * 65 + 1, 2 * 65 + 1)
     for words in (("--sheet", str(tmp_path / "sheet.bmp")), ("--gif", str(tmp_path / "nowhere" / "all.gif"))):
         found = run("--caption", "a bar", "--out", str(out), *words)
         assert (found.exit_code, "cannot be written: wanted a name that ends in" in found.output) == (2, True)

@@ -51,7 +51,7 @@ def trained(data, tmp_path_factory):
 def test_it_leaves_a_generator_pictures_and_distances(trained):
     found = json.loads((trained / "results" / "metrics.json").read_text())
     assert found["fd"] > found["fd_floor"] > 0
-    assert Image.open(trained / "results" / "samples.png").size == (10 * 33 + 1, 4 * 33 + 1)
+    assert Image.open(trained / "results" / "samples.png").size == (10 * 65 + 1, 4 * 65 + 1)
     rows = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20]
     assert all((trained / row["drawn"]).is_file() for row in rows)
