@@ -8,9 +8,9 @@ Writes  output_dir/model, a Hugging Face directory with tokenizer and chat templ
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.models.presets import ModelConfig
@@ -36,7 +36,7 @@ class PretrainConfig(StageConfig):
     )
     document_mask: bool = setting(False, "no token sees another document of its block")
     z_loss: float = setting(0.0, "weight of the squared log normaliser in a token's loss", ge=0)
-    ngram_orders: list[int] = setting([5, 7], "orders of the n-grams that the model is held against")
+    ngram_orders: list[Annotated[int, Field(ge=1, le=32)]] = setting([5, 7], "orders of the n-grams it is held against")
     validation_tokens: int = setting(65_536, "tokens of the validation split that are scored, from its start", gt=0)
 
     @model_validator(mode="after")

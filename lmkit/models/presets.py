@@ -114,8 +114,9 @@ class ModelConfig(Config):
         heads, shared = sizes["hidden_size"] // sizes["head_dim"], self.block.num_key_value_heads
         if shared and heads % shared:
             raise ValueError(f"block.num_key_value_heads {shared} does not divide the {heads} heads")
-        if sizes["head_dim"] % 2 and self.arch == "transformer" and self.block.positions == "rotary":
-            raise ValueError(f"head_dim {sizes['head_dim']}: rotary positions turn pairs. Make it even")
+        odd = {"rotary": "head_dim", "sinusoidal": "hidden_size"}.get(self.block.positions)
+        if self.arch == "transformer" and odd and sizes[odd] % 2:
+            raise ValueError(f"{odd} {sizes[odd]}: {self.block.positions} positions go in pairs. Make it even")
         return self
 
     @model_validator(mode="after")
@@ -126,6 +127,11 @@ class ModelConfig(Config):
             raise ValueError(f"bptt_tokens: arch {self.arch} carries no state. Use --model.arch lstm")
         if self.arch != "neural_ngram" and self.window:
             raise ValueError(f"window: arch {self.arch} sees the whole context. Use --model.arch neural_ngram")
+        context = self.sizes()["context_length"]
+        for name in ("bptt_tokens", "window"):
+            if (getattr(self, name) or 0) > context:
+                what = f"{name} {getattr(self, name)}: a block has {context} tokens"
+                raise ValueError(f"{what}. Use at most as many, or a longer model.context_length")
         unused = {"depth": "layers grow by rules for Transformers", "head_dim": "there are no heads"}
         if self.arch in _GATES:
             unused["intermediate_size"] = "there are no feed-forward layers"

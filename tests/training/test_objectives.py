@@ -199,6 +199,13 @@ def test_documents_are_not_masked_where_a_state_goes_on_or_a_block_is_one_text()
         ({"arch": "lstm", "head_dim": 16}, "head_dim: there are no heads in arch lstm"),
         ({"arch": "lstm", "depth": 4}, "depth: layers grow by rules for Transformers"),
         ({"bptt_tokens": 8}, "arch qwen3 carries no state. Use --model.arch lstm"),
+        ({"arch": "lstm", "bptt_tokens": 300}, "bptt_tokens 300: a block has 256 tokens. Use at most as many"),
+        ({"arch": "neural_ngram", "window": 300}, "window 300: a block has 256 tokens"),
+        (
+            {"arch": "transformer", "head_dim": 5, "hidden_size": 15, "block": {"positions": "sinusoidal"}},
+            "hidden_size 15: sinusoidal positions go in pairs. Make it even",
+        ),
+        ({"arch": "transformer", "head_dim": 5, "hidden_size": 20}, "head_dim 5: rotary positions go in pairs"),
     ],
 )
 def test_settings_that_cannot_work_or_would_do_nothing_are_refused(options, said):
