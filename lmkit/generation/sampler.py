@@ -42,6 +42,13 @@ class Completions:
         """The tokens of one completion, its stop token included, without padding."""
         return self.tokens[row, : self.lengths[row]].tolist()
 
+    def rows(self, part: range) -> "Completions":
+        """Some rows that follow each other, cut to the longest among them."""
+        chosen = slice(part.start, part.stop)
+        longest = int(self.lengths[chosen].max())
+        tokens, logprobs = self.tokens[chosen, :longest], self.logprobs[chosen, :longest]
+        return Completions(tokens, self.lengths[chosen], logprobs, self.finish_reasons[chosen])
+
 
 def sample(
     model: PreTrainedModel,

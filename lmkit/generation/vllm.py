@@ -36,16 +36,7 @@ class VLLMSampler:
         sleep: bool = True,
         dtype: str = "bfloat16",
     ):
-        if type(model).__module__.startswith("lmkit."):
-            raise BadInput(
-                f"use_vllm: vLLM does not know {type(model).__name__}, which is lmkit's own. Leave use_vllm out: "
-                "lmkit's own sampler runs everywhere."
-            )
-        if importlib.util.find_spec("vllm") is None:
-            raise BadInput(
-                "use_vllm is set and vLLM is not installed; it needs a GPU. Install it with pip install -e .[vllm], or "
-                "leave use_vllm out: lmkit's own sampler runs everywhere."
-            )
+        require_vllm(model)
         from vllm import LLM
 
         # The engine runs inside this process, as one that a launcher started; without a launcher it is told so.
@@ -88,7 +79,7 @@ class VLLMSampler:
         from vllm import SamplingParams
 
         self._take(model)
-        seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
+        seeds = row_seeds(len(prompts), max_new_tokens, generator)
         options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0, "logprobs": 0}
         # `ignore_eos` leaves it to stop_token_ids alone what ends a completion.
         options |= {"stop_token_ids": stop_token_ids, "ignore_eos": True, "stop": list(stop_strings) or None}
@@ -97,13 +88,10 @@ class VLLMSampler:
         drawn = [result.outputs[0] for result in self.engine.generate(given, requests, use_tqdm=False)]
         if self.sleep:
             self.engine.sleep(level=2)
-        tokens = [torch.tensor(list(one.token_ids)) for one in drawn]
-        logprobs = [torch.tensor([at[i].logprob for i, at in zip(one.token_ids, one.logprobs)]) for one in drawn]
-        return Completions(
-            pad_sequence(tokens, batch_first=True),
-            torch.tensor([len(ids) for ids in tokens]),
-            pad_sequence(logprobs, batch_first=True),
-            ["stop" if one.finish_reason == "stop" else "length" for one in drawn],
+        return padded(
+            [list(one.token_ids) for one in drawn],
+            [[at[i].logprob for i, at in zip(one.token_ids, one.logprobs)] for one in drawn],
+            [one.finish_reason == "stop" for one in drawn],
         )
 
     def _take(self, model: PreTrainedModel) -> None:
@@ -115,6 +103,39 @@ class VLLMSampler:
         self.engine.reset_prefix_cache()  # what it holds was computed with the weights before
         if self.sleep:
             self.engine.wake_up(tags=["kv_cache"])
+
+
+def require_vllm(model: PreTrainedModel) -> None:
+    """Raises BadInput where vLLM is not installed, or cannot know the model."""
+    if type(model).__module__.startswith("lmkit."):
+        raise BadInput(
+            f"use_vllm: vLLM does not know {type(model).__name__}, which is lmkit's own. Leave use_vllm out: "
+            "lmkit's own sampler runs everywhere."
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput(
+            "use_vllm is set and vLLM is not installed; it needs a GPU. Install it with pip install -e .[vllm], or "
+            "leave use_vllm out: lmkit's own sampler runs everywhere."
+        )
+
+
+def row_seeds(num_rows: int, max_new_tokens: int, generator: torch.Generator) -> list[int]:
+    """A seed for each row, out of the numbers that lmkit's own sampler would draw it with.
+
+    So that a process which leaves out the numbers of the rows before its own has the seeds of one process.
+    """
+    # From 2^28 on torch would take two of the generator's numbers for each.
+    return torch.randint(2**27, (num_rows, max_new_tokens), generator=generator)[:, 0].tolist()
+
+
+def padded(tokens: list[list[int]], logprobs: list[list[float]], stopped: list[bool]) -> Completions:
+    """Rows of different lengths as one table."""
+    return Completions(
+        pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True),
+        torch.tensor([len(ids) for ids in tokens]),
+        pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True),
+        ["stop" if flag else "length" for flag in stopped],
+    )
 
 
 def _free_port() -> int:

@@ -94,9 +94,22 @@ class PPOConfig(Config):
     guard_min_eos_rate: float | None = setting(None, "stop below this share of ended completions", gt=0, le=1)
     guard_min_entropy: float | None = setting(None, "stop below this entropy, in nats per token", gt=0)
 
-    use_vllm: bool = setting(False, "sample by a vLLM engine on the same GPU")
-    vllm_gpu_memory_utilization: float = knob(0.3, "share of the GPU's memory for the engine", gt=0, lt=1)
-    vllm_enable_sleep_mode: bool = knob(True, "the engine gives its memory back between rollouts")
+    one_step_off_policy: bool = setting(
+        False, "draw each rollout one iteration ahead, by the policy that has not learnt from the one before it"
+    )
+    use_vllm: bool = setting(False, "sample by vLLM")
+    vllm_mode: Literal["colocate", "server"] = setting(
+        "colocate", "an engine in each process on its GPU, or a server on GPUs of its own"
+    )
+    vllm_gpu_memory_utilization: float = knob(0.3, "colocate: share of the GPU's memory for the engine", gt=0, lt=1)
+    vllm_enable_sleep_mode: bool = knob(True, "colocate: the engine gives its memory back between rollouts")
+    vllm_server_base_url: str | None = knob(
+        None, "server: its address; empty: http://vllm_server_host:vllm_server_port"
+    )
+    vllm_server_host: str = knob("0.0.0.0", "server: the machine it is on")
+    vllm_server_port: int = knob(8000, "server: the port it listens on", gt=0)
+    vllm_server_timeout: float = knob(240.0, "server: seconds to wait until it is up", ge=0)
+    vllm_group_port: int = knob(51216, "server: the port here where it fetches the weights", gt=0)
     reward_timeout_seconds: float = knob(60.0, "how long a reward server may take to answer", gt=0)
     reward_max_retries: int = knob(3, "how often a reward server that fails is asked again", ge=0)
     generation_batch_size: int = knob(64, "completions a process samples at once", gt=0)
@@ -152,6 +165,16 @@ class PPOConfig(Config):
                 self.use_vllm and self.importance_sampling_cap is None,
                 "use_vllm without importance_sampling_cap: the engine's probabilities differ from the trainer's, and "
                 "each token has to be weighed; set importance_sampling_cap, usually 2",
+            ),
+            (
+                self.one_step_off_policy and self.importance_sampling_cap is None,
+                "one_step_off_policy without importance_sampling_cap: completions are those of an older policy, and "
+                "each token has to be weighed; set importance_sampling_cap, usually 2",
+            ),
+            (
+                self.vllm_mode == "server" and not self.use_vllm,
+                "vllm_mode server and use_vllm false: nothing is sampled by the server; set use_vllm true, or leave "
+                "vllm_mode out",
             ),
             (
                 rloo and group < 2,

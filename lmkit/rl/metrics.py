@@ -1,5 +1,6 @@
 """What a rollout says about the run: KL, scores, lengths, entropy, critic; and warnings that name the likely cause."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,17 +24,20 @@ EVALUATED = {
 RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
 
 
-def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict[str, float]:
     """Means over the completions or tokens of all processes, whose rollout it is.
 
     Names are TRL's, with "completion" for "response".
     objective/kl and objective/entropy are sums over a completion's tokens, in nats; policy/entropy_avg is per token.
+    sampling/kl, of the policy from what the completions were drawn with, is a sum too, and not 0 where another engine
+    or an older policy drew them; sampling/importance_sampling_capped is the share of tokens whose weight is cut.
     """
     mask = rollout.mask
     k1 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k1")
     k3 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k3")
     lengths = rollout.completion_lengths
-    mismatch = ((rollout.sampled_logprobs - rollout.logprobs).abs() * mask).double()
+    lag = ((rollout.sampled_logprobs - rollout.logprobs) * mask).double()
+    mismatch = lag.abs()
     totals = rollout.prompt_lengths + lengths
     completions = [tuple(ids) for ids in completion_ids(rollout)]
     sums = {
@@ -48,6 +52,7 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
         "stopped": rollout.stopped.sum(),
         "values": rollout.values.sum(),
         "mismatch": mismatch.sum(),
+        "lag": lag.sum(),
         "places": totals.max() * len(totals),
         "filled": totals.sum(),
         "distinct": len(set(completions)),
@@ -56,8 +61,8 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
     total = {name: float(value) for name, value in sums.items()}
     rows, tokens = total["rows"], total["tokens"]
     score, kl = total["scores"] / rows, total["kl"] / rows
-    penalised = score - missing_eos_penalty * (1 - total["stopped"] / rows)
-    return {
+    penalised = score - config.missing_eos_penalty * (1 - total["stopped"] / rows)
+    metrics = {
         "objective/scores": score,
         "objective/kl": kl,
         "rollout/completion_length_mean": tokens / rows,
@@ -78,7 +83,12 @@ def rollout_metrics(rollout: Rollout, missing_eos_penalty: float, kl_coef: float
         "rollout/repeat_ngram": total["repeated"] / rows,
         "sampling/logprob_diff_mean": total["mismatch"] / tokens,
         "sampling/logprob_diff_max": float(mismatch.max()),
+        "sampling/kl": total["lag"] / rows,
     }
+    if config.importance_sampling_cap is not None:
+        capped = (-lag > math.log(config.importance_sampling_cap)) & mask
+        metrics["sampling/importance_sampling_capped"] = float(capped.sum()) / tokens
+    return metrics
 
 
 def evaluation_metrics(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lmkit.data.order import shuffled
+from lmkit.errors import BadInput
 from lmkit.rl.config import PPOConfig
 from lmkit.training.optimizers import schedule
 
@@ -26,6 +27,16 @@ class Plan:
     @property
     def updates_per_iteration(self) -> int:
         return self.config.num_ppo_epochs * self.config.num_mini_batches
+
+    def check(self) -> None:
+        """BadInput where a rollout's prompts do not divide among the processes."""
+        num_prompts = self.config.rollout_batch_size // self.config.completions_per_prompt
+        if num_prompts % self.num_processes:
+            raise BadInput(
+                f"rollout_batch_size {self.config.rollout_batch_size} is {num_prompts} prompts with "
+                f"{self.config.completions_per_prompt} completion(s) each, which do not divide among "
+                f"{self.num_processes} processes; make it a multiple."
+            )
 
     def rows(self, iteration: int, num_rows: int) -> list[int]:
         """The prompts of an iteration, of all processes, each as often as it gets completions.

@@ -64,6 +64,14 @@ def load_text(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return Demonstrations(encode_demonstrations(load_demonstrations(source), tokenizer, positions)[0])
 
 
+def mixed_in(ptx_dataset: Dataset | Text | None, ptx_coef: float) -> Text | None:
+    """What a trainer was given to mix in; BadInput where it has text without a weight, or a weight without text."""
+    if (ptx_dataset is None) != (ptx_coef == 0):
+        missing = "no ptx_dataset is given" if ptx_dataset is None else "a ptx_dataset is given"
+        raise BadInput(f"ptx_coef is {ptx_coef} and {missing}; give both of them, or neither.")
+    return Demonstrations(ptx_dataset) if isinstance(ptx_dataset, Dataset) else ptx_dataset
+
+
 def add_gradients(
     batch: Mapping[str, Tensor], model: torch.nn.Module, config: PPOConfig, accelerator: Accelerator
 ) -> float:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,23 +11,26 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lmkit.generation.sampler import Completions
 from lmkit.rl.rollout import Rollout
 
+Rows = TypeVar("Rows", Rollout, Completions)
 
-def gathered(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+
+def gathered(rows: Rows, accelerator: Accelerator) -> Rows:
     """The rows of all processes, in the order of the processes, in each of them."""
     if accelerator.num_processes == 1:
-        return rollout
-    parts = gather_object([rollout])
+        return rows
+    parts = gather_object([rows])
     joined = {}
-    for field in fields(Rollout):
+    for field in fields(rows):
         values = [getattr(part, field.name) for part in parts]
         if isinstance(values[0], list):
             joined[field.name] = list(itertools.chain(*values))
         else:
             width = max(value.shape[-1] for value in values)
             joined[field.name] = torch.cat([pad(v, (0, width - v.shape[-1])) if v.ndim == 2 else v for v in values])
-    return Rollout(**joined)
+    return type(rows)(**joined)
 
 
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:

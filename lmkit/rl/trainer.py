@@ -25,13 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.generation.complete import completion_texts
-from lmkit.generation.sampler import Completions, sample
-from lmkit.generation.vllm import VLLMSampler
 from lmkit.models.attention import faster_attention
 from lmkit.models.load import load_language_model
 from lmkit.processes import any_process
 from lmkit.rl import state
 from lmkit.rl.config import PPOConfig
+from lmkit.rl.drawing import Drawing
 from lmkit.rl.kl import adapted_kl_coef
 from lmkit.rl.lora import acting
 from lmkit.rl.metrics import (
@@ -45,7 +44,7 @@ from lmkit.rl.metrics import (
 )
 from lmkit.rl.plan import Plan
 from lmkit.rl.prompts import Prompts, encode_prompts
-from lmkit.rl.ptx import Demonstrations, Text
+from lmkit.rl.ptx import Text, mixed_in
 from lmkit.rl.rewards import RunningNorm
 from lmkit.rl.roles import make_roles
 from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
@@ -119,44 +118,26 @@ class PPOTrainer:
         self.accelerator = make_accelerator(False if thin else args.bf16, model.config.get_text_config().hidden_size)
         self.plan = Plan(args, seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.stop_requested, self.say = stop_requested, say if self.accelerator.is_main_process else lambda text: None
-        self._check_prompts()
+        self.plan.check()
         models = {"ref_model": ref_model, "value_model": value_model, "peft_config": peft_config}
         self.roles = make_roles(model, reward, args, processing_class, **models, device=self.accelerator.device)
         self.actor_critic = self.roles.actor_critic
         self.model = sharding.prepare(self.actor_critic, self.accelerator)
         self.optimizer = make_optimizer(getattr(self.model, "module", self.model), args)
         self.stop_token_ids = stop_token_ids(processing_class)
-        self.sample = sample
-        if args.use_vllm:
-            options = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization, "sleep": args.vllm_enable_sleep_mode}
-            with self._whole():
-                self.sample = VLLMSampler(model, processing_class, **options).sample
+        with self._whole() if args.use_vllm else contextlib.nullcontext():
+            given = (processing_class, self.stop_token_ids, args, self.plan, self.accelerator, self.say)
+            self.drawing = Drawing(model, *given)
         positions = getattr(model.config, "max_position_embeddings", None)
         given = (processing_class, positions, args, self.say)
         self.train_prompts = encode_prompts(train_dataset, "train_dataset", *given)
         self.eval_prompts = encode_prompts(eval_dataset, "eval_dataset", *given) if eval_dataset else None
-        self.ptx = self._ptx(ptx_dataset)
+        self.ptx = mixed_in(ptx_dataset, args.ptx_coef)
         self.iteration, self.kl_coef = 0, args.kl_coef
         self.score_norm = RunningNorm(args.use_score_norm, args.score_clip)
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         self.ref_scores: list[float] = []  # of the reference at the start, on the evaluation prompts
-
-    def _check_prompts(self):
-        args, num_processes = self.args, self.accelerator.num_processes
-        num_prompts = args.rollout_batch_size // args.completions_per_prompt
-        if num_prompts % num_processes:
-            raise BadInput(
-                f"rollout_batch_size {args.rollout_batch_size} is {num_prompts} prompts with "
-                f"{args.completions_per_prompt} completion(s) each, which do not divide among {num_processes} "
-                "processes; make it a multiple."
-            )
-
-    def _ptx(self, ptx_dataset):
-        if (ptx_dataset is None) != (self.args.ptx_coef == 0):
-            missing = "no ptx_dataset is given" if ptx_dataset is None else "a ptx_dataset is given"
-            raise BadInput(f"ptx_coef is {self.args.ptx_coef} and {missing}; give both of them, or neither.")
-        return Demonstrations(ptx_dataset) if isinstance(ptx_dataset, Dataset) else ptx_dataset
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, float]:
         """Runs all iterations that are left; the last row of metrics.
@@ -199,12 +180,12 @@ class PPOTrainer:
         index = self.plan.rows(self.iteration, len(self.train_prompts.ids))
         try:
             with self._whole():
-                rollout, seconds = self.collect(self.train_prompts, index, "sampling")
+                rollout, seconds = self.collect(self.train_prompts, index, "sampling", args.one_step_off_policy)
         except BadInput as error:  # of the reward; other processes may not have met it, so no collective here
             if self.iteration and accelerator.num_processes == 1:
                 self._save()
             raise BadInput(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from error
-        metrics = rollout_metrics(rollout, args.missing_eos_penalty, self.kl_coef)
+        metrics = rollout_metrics(rollout, args, self.kl_coef)
         metrics |= reward_metrics(self.roles.reward.parts, accelerator)
         self.samples = sample_table(rollout, self.train_prompts.rows, index, self.decode)
         if broken := guard(metrics, args):
@@ -239,6 +220,12 @@ class PPOTrainer:
             with sharding.whole(self.actor_critic, self.model):
                 self.roles.move_reference(args.ref_model_mixup_alpha)
         self.iteration += 1
+        waited = time.perf_counter()
+        try:
+            self.drawing.land()
+        except BadInput as error:  # of the server
+            raise BadInput(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from error
+        seconds["rollout"] += time.perf_counter() - waited
         metrics |= learnt
         if args.advantage_estimator == "gae":
             metrics |= explained_variance(rollout, returns, counted_tokens(rollout, args))
@@ -251,15 +238,23 @@ class PPOTrainer:
     def _text(self, step: int) -> Mapping[str, Tensor]:
         return self.ptx.fetch(self.plan.text(self.iteration, step, len(self.ptx)))
 
-    def collect(self, prompts: Prompts, index: Sequence[int], purpose: str) -> tuple[Rollout, dict[str, float]]:
+    def collect(
+        self, prompts: Prompts, index: Sequence[int], purpose: str, one_ahead: bool = False
+    ) -> tuple[Rollout, dict[str, float]]:
         """A scored rollout of the rows in `index`, and the seconds its parts took here; `purpose` seeds the sampling.
 
-        Each process collects its part of the rows, and all of them get the whole rollout.
+        Each process collects its part of the rows, and all of them get the whole rollout. one_ahead: it is that of an
+        iteration, drawn in the one before, and the next one's is begun.
         """
         args, device = self.args, self.accelerator.device
         own = self.plan.part(len(index))
         # A process without rows collects the first one as well, which is left out below.
-        first, mine = own.start, index[own.start : own.stop] or index[:1]
+        mine = index[own.start : own.stop] or index[:1]
+
+        def draw(chosen):
+            if one_ahead:
+                return self.drawing.one_ahead(prompts.ids, self.iteration)
+            return self.drawing(chosen, purpose, self.iteration, own.start)
 
         def forward(*inputs):
             # Not the prepared model: the processes may make different numbers of forwards.
@@ -274,7 +269,7 @@ class PPOTrainer:
         self.actor_critic.eval()
         rollout, seconds = collect(
             [prompts.ids[row] for row in mine],
-            lambda chosen: self.draw(chosen, purpose, first),
+            draw,
             forward,
             ref_forward,
             lambda completions: self.score(prompts, mine, completions),
@@ -283,26 +278,6 @@ class PPOTrainer:
         if args.truncation == "bootstrap":
             rollout = replace(rollout, final_values=values_after(rollout, forward, args.per_device_train_batch_size))
         return gathered(rollout, self.accelerator).rows(torch.arange(len(index))), seconds
-
-    def draw(
-        self, prompts: list[list[int]], purpose: str, first: int, model: PreTrainedModel | None = None
-    ) -> Completions:
-        """A completion of the policy (or `model`) for each prompt of ids; `purpose` seeds the sampling.
-
-        first: the number of the first prompt among those of all processes, so that its draws are those of one process.
-        """
-        with self.accelerator.autocast():
-            return self.sample(
-                self.actor_critic.policy if model is None else model,
-                prompts,
-                max_new_tokens=self.args.max_new_tokens,
-                stop_token_ids=self.stop_token_ids,
-                stop_strings=self.args.stop_strings,
-                tokenizer=self.tokenizer,
-                temperature=self.args.temperature,
-                generator=self.plan.generator(purpose, self.iteration, skip=first * self.args.max_new_tokens),
-                batch_size=self.args.generation_batch_size,
-            )
 
     def score(self, prompts: Prompts, index: Sequence[int], completions: list[list[int]]) -> Callable[[], Tensor]:
         """Starts to score a completion (ids) for each of the rows in `index`; what is returned gives the scores [B]."""
@@ -337,7 +312,7 @@ class PPOTrainer:
                 self.ref_scores = self._reference_scores(prompts)
             rollout, _ = self.collect(prompts, index, "evaluation")
         self.samples = sample_table(rollout, prompts.rows, index, self.decode)
-        found = rollout_metrics(rollout, self.args.missing_eos_penalty, self.kl_coef)
+        found = rollout_metrics(rollout, self.args, self.kl_coef)
         metrics = evaluation_metrics(found, rollout.scores.tolist(), self.ref_scores)
         if self.evaluation is not None:
             texts = self.decode(completion_ids(rollout))
@@ -348,12 +323,11 @@ class PPOTrainer:
         """Scores of the reference's completions of all prompts; each process draws its part."""
         reference, policy = self.roles.reference, self.actor_critic.policy
         own = self.plan.part(len(prompts.ids))
-        scores = []
-        if len(own):
-            with acting(policy, None) if reference is None else contextlib.nullcontext():
-                model = policy if reference is None else reference
-                drawn = self.draw([prompts.ids[row] for row in own], "evaluation", own.start, model)
-            scores = self.score(prompts, own, [drawn.ids(row) for row in range(len(own))])().tolist()
+        mine = own or range(1)  # without rows of its own it draws for nothing: all processes have to
+        with acting(policy, None) if reference is None else contextlib.nullcontext():
+            model = policy if reference is None else reference
+            drawn = self.drawing([prompts.ids[row] for row in mine], "evaluation", self.iteration, own.start, model)
+        scores = self.score(prompts, mine, [drawn.ids(row) for row in range(len(mine))])().tolist()[: len(own)]
         return gather_object(scores) if self.accelerator.num_processes > 1 else scores
 
     def _whole(self) -> contextlib.AbstractContextManager:
@@ -383,7 +357,7 @@ class PPOTrainer:
         return f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint was saved before."
 
     def _save(self) -> None:
-        tensors = state.gather(self.model, self.optimizer, self._moving_reference())
+        tensors = state.gather(self.model, self.optimizer, self._moving_reference(), self.drawing.ahead)
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
             rest = {name: getattr(self, name) for name in STATE} | {"score_norm": self.score_norm.state()}
@@ -399,7 +373,7 @@ class PPOTrainer:
         if path is None:
             return
         rank = self.accelerator.process_index
-        found = state.restore(path, self.model, self.optimizer, self._moving_reference(), rank)
+        found, self.drawing.ahead = state.restore(path, self.model, self.optimizer, self._moving_reference(), rank)
         for name in STATE:
             setattr(self, name, found[name])
         self.score_norm.load(found["score_norm"])

@@ -35,14 +35,14 @@ def test_a_huge_corpus_needs_no_memory():
     assert ((numbers >= 0) & (numbers < 10**12)).all()
 
 
-@pytest.mark.parametrize(("size", "accumulation", "world"), [(16, 1, 1), (2, 8, 1), (8, 1, 2), (1, 4, 4)])
+@pytest.mark.parametrize(("size", "accumulation", "world"), [(24, 1, 1), (3, 8, 1), (12, 1, 2), (2, 4, 3), (1, 6, 4)])
 def test_a_step_reads_the_same_samples_however_it_is_split(size, accumulation, world):
     read = [
         batch_positions(3, micro_batch, rank, size=size, accumulation=accumulation, world=world)
         for micro_batch in range(accumulation)
         for rank in range(world)
     ]
-    assert np.concatenate(read).tolist() == list(range(48, 64))
+    assert np.concatenate(read).tolist() == list(range(72, 96))
 
 
 def test_no_samples_is_an_error():

@@ -23,6 +23,7 @@ from lmkit.errors import BadInput, Interrupted
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.trainer import PPOTrainer
 from lmkit.training import sharding
+from tests.generation import vllm_standin
 from tests.rl.conftest import SIZES, word_tokenizer
 
 ROWS = Dataset.from_list([{"prompt": " ".join(f"w{(i * k + i) % 20}" for k in range(1, 2 + i % 4))} for i in range(11)])
@@ -82,6 +83,13 @@ def ppo(models, directory, stop_after=None, lora=None, ptx=False, reward=lengths
         if trainer.accelerator.is_main_process:
             torch.save(result | {"kl_coef": trainer.kl_coef}, Path(directory) / "result.pt")
     sharding.fill = fill
+
+
+def by_server(models, directory, address, group_port, **options):
+    """`ppo` with a stand-in for a vLLM server, which another process runs."""
+    options |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": address}
+    with vllm_standin.installed():
+        ppo(models, directory, vllm_group_port=group_port, importance_sampling_cap=2.0, **options)
 
 
 def runs(models, folder, cases):

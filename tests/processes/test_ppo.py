@@ -1,13 +1,16 @@
 """PPO in one process, in two, and sharded: the same completions, updates and metrics, in every mode."""
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lmkit.rl.metrics import RATIO_TOLERANCE
-from tests.processes.ppo import runs, save_models
+from tests.generation.vllm_standin import Server
+from tests.processes.ppo import by_server, runs, save_models
 
 ADAPTERS = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 MODES = {
@@ -24,6 +27,10 @@ MODES = {
     "moving reference": {"ref_model_mixup_alpha": 0.3, "use_score_norm": True, "reward": "reward"},
     "adapters": {"lora": ADAPTERS, "kl_placement": "loss", "kl_estimator": "k2", "target_kl": 0.002},
     "adapters, critic of its own": {"lora": ADAPTERS, "critic": "separate"},
+    "one step off-policy": {
+        **{"one_step_off_policy": True, "importance_sampling_cap": 1.5},
+        **{"rollout_batch_size": 12, "total_episodes": 24},  # divides among three processes
+    },
 }
 # What is cut, and what only says how long it took.
 TIMED = ("seconds", "tokens_per_second", "time/", "perf/")
@@ -79,13 +86,36 @@ def test_a_rollout_gathers_the_weights_once(folders):
 
 
 def test_a_checkpoint_of_two_goes_on_in_any_number_of_processes(worlds, folders):
-    cases = {mode: MODES[mode] for mode in ("shared critic", "adapters, critic of its own")}
+    cases = {mode: MODES[mode] for mode in ("shared critic", "adapters, critic of its own", "one step off-policy")}
     stopped = {mode: options | {"stop_after": 1} for mode, options in cases.items()}
     worlds.run(2, runs, folders / "models", folders / "stopped", stopped, config="fsdp2.yaml")
-    for name, (num_processes, config) in {"one": (1, None), "four": (4, "fsdp2.yaml")}.items():
+    ways = {
+        "one": (1, None, [*cases]),
+        "three": (3, None, ["one step off-policy"]),
+        "four": (4, "fsdp2.yaml", [*cases]),
+    }
+    for name, (num_processes, config, modes) in ways.items():
         folder = shutil.copytree(folders / "stopped", folders / f"stopped-{name}")
-        worlds.run(num_processes, runs, folders / "models", folder, cases, config=config)
-        for mode in cases:
+        worlds.run(num_processes, runs, folders / "models", folder, {m: cases[m] for m in modes}, config=config)
+        for mode in modes:
             one, other = (torch.load(f / mode / "result.pt") for f in (folders / "one", folder))
             same_models(one, other)
             assert len(rows(folder / mode)) == 3
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_processes_that_share_a_server_make_the_updates_of_one(worlds, folders, tmp_path, ahead):
+    """Whole and sharded: the main process sends the weights, each asks for its own rows; one has none to evaluate."""
+    sent = {}
+    for name, (num_processes, config) in {"one": (1, None), "sharded": (2, "fsdp2.yaml")}.items():
+        with Server(AutoModelForCausalLM.from_pretrained(folders / "models" / "policy")) as server:
+            given = (folders / "models", tmp_path / name, server.address, server.group_port)
+            task = functools.partial(by_server, one_step_off_policy=ahead)
+            worlds.run(num_processes, task, *given, config=config)
+            sent[name] = {path: len(bodies) for path, bodies in server.requests.items()}
+    same_models(*(torch.load(tmp_path / name / "result.pt") for name in ("one", "sharded")))
+    wanted, found = (rows(tmp_path / name) for name in ("one", "sharded"))
+    for row, other_row in zip(wanted, found, strict=True):
+        assert other_row == pytest.approx(row, abs=1e-4)
+    assert sent["one"]["/update_weights"] == sent["sharded"]["/update_weights"] > 4
+    assert max(row["sampling/logprob_diff_max"] for row in wanted[1:2]) < 1e-4

@@ -89,6 +89,19 @@ def test_a_checkpoint_of_two_goes_on_in_any_number_of_processes(worlds, folders)
     assert close(other["model"], one["model"], 5e-6)
 
 
+def test_a_checkpoint_of_two_goes_on_in_three(worlds, tmp_path):
+    """Six samples an update are three micro-batches of each of two processes, or two of each of three."""
+    case = {"elastic": {"global_batch_size": 6, "per_device_train_batch_size": 1, "optim": "adamw_torch_fused"}}
+    stopped = {"elastic": case["elastic"] | {"stop_after": 4}}
+    worlds.run(1, fits, tmp_path / "one", case)
+    worlds.run(2, fits, tmp_path / "other", stopped)
+    worlds.run(3, fits, tmp_path / "other", case)
+    one, other = (torch.load(tmp_path / name / "elastic" / "result.pt") for name in ("one", "other"))
+    assert close(other["model"], one["model"], 5e-6)
+    losses = [column(tmp_path / name / "elastic", "loss") for name in ("one", "other")]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)
+
+
 def test_a_checkpoint_of_one_is_that_of_shards_and_goes_on_in_them(worlds, folders):
     saved = [
         checkpoint.load(latest_checkpoint(folders / name / "adamw" / "checkpoints")) for name in ("one", "sharded")

@@ -35,6 +35,8 @@ RLOO = {"advantage_estimator": "rloo"}
             "advantage_estimator rloo and truncation bootstrap",
         ),
         (RLOO | {"whiten_rewards": True}, "advantage_estimator rloo and whiten_rewards"),
+        ({"one_step_off_policy": True}, "one_step_off_policy without importance_sampling_cap: .* usually 2"),
+        ({"vllm_mode": "server"}, "vllm_mode server and use_vllm false"),
     ],
 )
 def test_two_options_that_conflict_are_both_named(options, message):

@@ -58,8 +58,23 @@ def test_rollouts_of_different_widths_are_one(monkeypatch):
     assert (both.completion_lengths.tolist(), both.finish_reasons) == ([2, 1, 4], ["stop", "stop", "length"])
 
 
+def test_completions_of_all_processes_are_one_table_and_each_finds_its_own(monkeypatch):
+    first = Completions(torch.tensor([[7, 8], [9, 0]]), torch.tensor([2, 1]), torch.ones(2, 2), ["stop", "length"])
+    second = Completions(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.zeros(1, 3), ["stop"])
+    monkeypatch.setattr(module, "gather_object", lambda given: [*given, second])
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    both = gathered(first, Accelerator(cpu=True))
+    assert both.tokens.tolist() == [[7, 8, 0], [9, 0, 0], [1, 2, 3]]
+    for part, wanted in ((range(2), first), (range(2, 3), second)):
+        own = both.rows(part)
+        assert torch.equal(own.tokens, wanted.tokens)
+        assert torch.equal(own.lengths, wanted.lengths)
+        assert torch.equal(own.logprobs, wanted.logprobs)
+        assert own.finish_reasons == wanted.finish_reasons
+
+
 @pytest.mark.parametrize("num_rows", [1, 5, 8])
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_processes_take_all_rows_and_the_draws_of_one_process(num_rows, num_processes):
     config = PPOConfig(rollout_batch_size=8, num_generations=2)
     plans = [Plan(config, 3, process, num_processes) for process in range(num_processes)]

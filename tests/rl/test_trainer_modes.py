@@ -66,6 +66,7 @@ MODES = {
         **{"kl_placement": "loss", "kl_estimator": "k2", "adaptive_kl_target": 0.05},
     },
     "ptx": {"ptx_coef": 0.5},
+    "one step off-policy": {"one_step_off_policy": True, "importance_sampling_cap": 2.0},
 }
 
 

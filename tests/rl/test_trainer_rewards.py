@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from lmkit.errors import BadInput, Interrupted
 from lmkit.generation.sampler import sample
-from lmkit.rl import trainer as module
+from lmkit.rl import drawing as module
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.losses import importance_weights
 from lmkit.rl.trainer import PPOTrainer
