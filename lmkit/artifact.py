@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from lmkit.errors import BadInput, CorruptInput
 MANIFEST = "MANIFEST.json"
 # Beside the bytes of a save: manifest, directories, a line of a log.
 SPARE_BYTES = 1 << 20
+# A larger file may be read in a thread while other work goes on; on one core it takes about 10 ms.
+READ_AT_ONCE = 1 << 24
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors (Rust) and torch (C++) hide the error number in a text, torch even the reason.
 _FULL_TEXTS = ("No space left on device", "os error 28", "File too large", "os error 27", "unexpected pos")
@@ -28,11 +32,13 @@ def seal(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     """Yields an empty staging folder that becomes `target`, whole, when the block ends without an exception.
 
     Files are made readable (0644), flushed to the disk and listed in MANIFEST.json with size and sha256; links and
-    special files are refused. An existing `target` is moved aside before the rename and deleted after it.
+    special files are refused. An existing `target` is moved aside before the rename and deleted after it. Waits for
+    `check_inputs`: nothing is made from a damaged input.
 
     num_bytes: about how much will be written. Where less is free, or the disk fills up in the middle, this raises
     OSError (ENOSPC) that names `target`, and leaves everything as it was.
     """
+    check_inputs()
     target = Path(target)
     staging, replaced = (target.with_name(f".{kind}-{target.name}") for kind in ("staging", "replaced"))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,12 +130,19 @@ def _json(value: Any) -> str:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    # In large pieces: between two of them a thread waits for its turn, up to 5 ms while others compute in Python.
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(1 << 22, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
-def verify(folder: Path) -> str:
-    """The manifest id of a sealed folder, after checking every file; CorruptInput names the first that differs."""
+def verify(folder: Path, meanwhile: bool = False) -> str:
+    """The manifest id of a sealed folder, after checking every file; CorruptInput names the first that differs.
+
+    meanwhile: the bytes of files over READ_AT_ONCE are compared in a thread; `check_inputs` waits for it.
+    """
     folder = Path(folder)
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
@@ -143,10 +156,48 @@ def verify(folder: Path) -> str:
     for name in sorted(present ^ set(listed)):
         raise CorruptInput(f"{folder / name} is {'not in the manifest' if name in present else 'missing'}.")
     for name, entry in listed.items():
-        path = folder / name
-        if path.is_symlink() or path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise CorruptInput(f"{path} is damaged: it is not the file the manifest lists.")
+        if (folder / name).is_symlink() or (folder / name).stat().st_size != entry["size"]:
+            raise _damaged(folder / name)
+    at_once, large = {}, {}
+    for name, entry in listed.items():
+        (large if meanwhile and entry["size"] > READ_AT_ONCE else at_once)[folder / name] = entry["sha256"]
+    _compare(at_once)
+    if large:
+        _compare_in_a_thread(large)
     return found_id
+
+
+def _damaged(path: Path) -> CorruptInput:
+    return CorruptInput(f"{path} is damaged: it is not the file the manifest lists.")
+
+
+def _compare(sums: Mapping[Path, str]) -> None:
+    for path, wanted in sums.items():
+        if sha256(path) != wanted:
+            raise _damaged(path)
+
+
+_comparisons: list[Future] = []
+
+
+def _compare_in_a_thread(sums: Mapping[Path, str]) -> None:
+    done: Future = Future()
+    _comparisons.append(done)
+
+    def work() -> None:
+        try:
+            done.set_result(_compare(sums))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: a process that ends for another reason does not read on.
+    threading.Thread(target=work, name="comparison", daemon=True).start()
+
+
+def check_inputs() -> None:
+    """Waits for all that this process compares in threads; CorruptInput when a file is not what its manifest lists."""
+    while _comparisons:
+        _comparisons.pop(0).result()
 
 
 def require(source: str | Path | list, name: str = "") -> list[Path]:
@@ -166,21 +217,21 @@ def require(source: str | Path | list, name: str = "") -> list[Path]:
     return matches
 
 
-def content_id(source: str | Path | list, name: str = "") -> str:
+def content_id(source: str | Path | list, name: str = "", meanwhile: bool = False) -> str:
     """What identifies an input: a sealed folder's manifest id, else the sha256 of a file or of all files of a folder.
 
     A text that is not a path but names code or a hub revision (`module:function`, `hub:org/name@commit`) stands for
-    itself.
+    itself. meanwhile: as in `verify`.
     """
     paths = require(source, name)
     if not paths:
         return str(source)
     if isinstance(source, list) or "*" in Path(source).name:
         several = source if isinstance(source, list) else paths
-        return hashlib.sha256("".join(content_id(one) for one in several).encode()).hexdigest()
+        return hashlib.sha256("".join(content_id(one, meanwhile=meanwhile) for one in several).encode()).hexdigest()
     path = paths[0]
     if path.is_file():
         return sha256(path)
     if (path / MANIFEST).is_file():
-        return verify(path)
+        return verify(path, meanwhile)
     return _manifest_id({p.relative_to(path).as_posix(): sha256(p) for p in _files(path) if p.is_file()})

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lmkit.artifact import MANIFEST, content_id, is_out_of_space, remove, seal, verify, write_json
+from lmkit.artifact import MANIFEST, check_inputs, content_id, is_out_of_space, remove, seal, verify, write_json
 from lmkit.config import Config, StageConfig, explain, load
 from lmkit.environment import environment, peak_memory_bytes
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
@@ -81,10 +81,12 @@ class Stage:
     """One run of one stage: `finished`, then `with stage:` around the work, `seal` for artifacts, `finish` at the end.
 
     name: the recipe's name. config: its configuration; its inputs, known by content, are the fields that hold a path
-    or are declared by `source`. Only the main process locks and writes; the others run the same code beside it.
+    or are declared by `source`. large_inputs: those whose large files are compared with their manifest while the stage
+    starts, so that the start does not take longer for a larger corpus; nothing is sealed before that is done. Only the
+    main process locks and writes; the others run the same code beside it.
     """
 
-    def __init__(self, name: str, config: StageConfig):
+    def __init__(self, name: str, config: StageConfig, large_inputs: tuple[str, ...] = ()):
         self.name, self.config = name, config
         self.directory = Path(config.output_dir)
         # What the chain calls it: a stage of a later round by its folder.
@@ -93,7 +95,9 @@ class Stage:
             raise BadInput(f"output_dir is {str(self.directory)!r}: wanted a path without control characters.")
         self.checkpoints = self.directory / "checkpoints"
         self.inputs = inputs_of(config)
-        self._input_ids = {name: content_id(value, name) for name, value in self.inputs.items()}
+        self._input_ids = {
+            name: content_id(value, name, meanwhile=name in large_inputs) for name, value in self.inputs.items()
+        }
         self._plan = {"stage": name, "config": semantic(config), "inputs": self._input_ids}
         self.fingerprint = hashlib.sha256(json.dumps(self._plan, sort_keys=True, default=str).encode()).hexdigest()
         self._artifacts: dict[str, str] = {}
@@ -114,6 +118,7 @@ class Stage:
             )
         if record is None:
             return False
+        check_inputs()
         for artifact, manifest_id in record["artifacts"].items():
             if verify(self.directory / artifact) != manifest_id:
                 raise CorruptInput(
@@ -319,7 +324,13 @@ def run(main: Callable[[Any], Path], cls: type[StageConfig], doc: str | None) ->
         config = load(cls, sys.argv[1:])
         check_launcher()
         make_upstream(config)
-        main(config)
+        try:
+            main(config)
+        except Locked:
+            raise
+        except Exception:
+            check_inputs()  # damage explains whatever else went wrong
+            raise
         code, reason = 0, "done"
     except (BadInput, Locked, Stopped, CorruptInput, Interrupted) as error:
         code, reason = error.exit_code, str(error)

@@ -50,7 +50,7 @@ class PretrainConfig(StageConfig):
 
 
 def main(config: PretrainConfig) -> Path:
-    stage = Stage("pretrain", config)
+    stage = Stage("pretrain", config, large_inputs=("shards",))
     if stage.finished:
         return stage.directory
     import torch

@@ -1,10 +1,11 @@
 import errno
+import hashlib
 import json
 import os
 
 import pytest
 
-from lmkit.artifact import MANIFEST, content_id, is_out_of_space, seal, verify, write_json
+from lmkit.artifact import MANIFEST, check_inputs, content_id, is_out_of_space, seal, sha256, verify, write_json
 from lmkit.errors import BadInput, CorruptInput
 
 
@@ -153,3 +154,46 @@ def test_links_that_lie_in_wait_are_not_written_through(tmp_path):
         (folder / "w").touch()
     assert (tmp_path / "precious").read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "m", "precious"]
+
+
+def flip_unseen(path):
+    """Another byte, the same size and time of change."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+
+
+@pytest.fixture
+def all_files_are_large(monkeypatch):
+    monkeypatch.setattr("lmkit.artifact.READ_AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("all_files_are_large")
+def test_nothing_is_sealed_before_large_inputs_are_compared(sealed, tmp_path):
+    whole = verify(sealed)
+    assert content_id(sealed, meanwhile=True) == whole
+    check_inputs()
+    flip_unseen(sealed / "a.bin")
+    assert verify(sealed, meanwhile=True) == whole
+    with pytest.raises(CorruptInput, match=r"a\.bin is damaged: it is not the file"), seal(tmp_path / "made"):
+        pytest.fail("the block was entered")
+    assert not (tmp_path / "made").exists()
+    with seal(tmp_path / "made"):
+        pass  # said once
+
+
+@pytest.mark.usefixtures("all_files_are_large")
+@pytest.mark.parametrize("damage", [damage_missing, damage_empty, damage_truncated])
+def test_what_needs_no_reading_is_seen_at_once(sealed, damage):
+    damage(sealed)
+    with pytest.raises(CorruptInput, match=r"a\.bin is (missing|damaged)"):
+        verify(sealed, meanwhile=True)
+
+
+def test_a_file_is_hashed_in_pieces(tmp_path):
+    path = tmp_path / "large"
+    for size in (0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 5):
+        path.write_bytes(os.urandom(size))
+        assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from lmkit import processes
+from lmkit.artifact import check_inputs
 from lmkit.data.order import batch_positions, shuffled
 from lmkit.errors import BadInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
@@ -236,6 +237,7 @@ def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: l
 
 
 def _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage) -> None:
+    check_inputs()
     tensors = {
         "model": checkpoint.model_tensors(prepared),
         "optimizer": checkpoint.optimizer_tensors(prepared, optimizers),

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lmkit.config import validate
 from lmkit.errors import BadInput
-from lmkit.stage import verify
+from lmkit.stage import run, seal, verify
 
 
 def configure(nano, folder, **changes):
@@ -200,3 +201,35 @@ def test_a_number_that_is_not_finite_ends_the_recipe_with_4(nano, tmp_path):
     assert "not finite" in done.stderr
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 4
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("failure", [None, IndexError("index out of range in self"), BadInput("too short")])
+def test_shards_with_a_flipped_bit_teach_nothing(nano, tmp_path, monkeypatch, capsys, failure):
+    """Compared while the stage starts, since they are large; told as damage, whatever else it leads to."""
+    monkeypatch.setattr("lmkit.artifact.READ_AT_ONCE", 1000)
+    config = configure(nano, tmp_path / "run", shards=str(tmp_path / "shards"))
+    with seal(config.shards) as folder:
+        shutil.copytree(nano / "shards", folder, dirs_exist_ok=True)
+    damaged = config.shards / "train" / "tokens.bin"
+    data = bytearray(damaged.read_bytes())
+    data[1001] ^= 1
+    damaged.write_bytes(data)
+    if failure is not None:
+        monkeypatch.setattr("lmkit.data.shards.Shards.open", raiser(failure))
+    monkeypatch.setattr("sys.argv", ["pretrain.py"])
+    monkeypatch.setattr("lmkit.stage.load", lambda *_: config)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the tests' own stay
+    with pytest.raises(SystemExit) as caught:
+        run(pretrain.main, pretrain.PretrainConfig, "")
+    assert caught.value.code == 5
+    assert f"error: {damaged} is damaged: it is not the file the manifest lists." in capsys.readouterr().err
+    left = {path.name for path in config.output_dir.rglob("*")}
+    assert not left & {"model", "checkpoints", "stage.json"}
+    assert json.loads((config.output_dir / "exit.json").read_text())["code"] == 5
+
+
+def raiser(error):
+    def fail(*_):
+        raise error
+
+    return fail
