@@ -25,6 +25,27 @@ def test_a_way_is_compared_with_scratch_seed_by_seed(monkeypatch, capsys):
     assert (rows[-1]["config"]["low"], rows[-1]["config"]["high"]) == pytest.approx((-0.4853, 0.7853), abs=1e-3)
 
 
+def test_rates_are_chosen_on_other_seeds_and_images(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train").mkdir()
+    asked = []
+
+    def accuracy(way, seed, args, data, folder, rate):
+        asked.append((way, seed, data, round(rate, 6)))
+        return 0.5
+
+    monkeypatch.setattr(transfer, "accuracy", accuracy)
+    words = ["transfer.py", "body", str(tmp_path), "--ways", "full", "--seeds", "2", "--choose"]
+    monkeypatch.setattr(sys, "argv", words)
+    transfer.run()
+    assert {(seed, data) for _, seed, data, _ in asked} == {(10, tmp_path / "train"), (11, tmp_path / "train")}
+    rates = [json.loads(line)["config"]["learning_rate"] for line in capsys.readouterr().out.splitlines()]
+    assert rates == [rate for way, _, _, rate in asked[::2]]
+    assert len(set(rates)) == 6
+    monkeypatch.setattr(sys, "argv", [*words[:2], "builtin:digits", *words[3:]])
+    with pytest.raises(SystemExit):
+        transfer.run()
+
+
 def test_digits_get_a_frame_and_keep_their_splits(tmp_path):
     pytest.importorskip("sklearn", reason="the vision extra is not installed")
     arrays = np.load(transfer.framed_digits(tmp_path))
