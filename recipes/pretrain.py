@@ -43,9 +43,9 @@ class PretrainConfig(StageConfig):
     def _parts_fit(self) -> "PretrainConfig":
         if self.lora.load_in_4bit or (self.lora.r and not self.init_from):
             raise ValueError("lora: adapts the model that init_from names, in full precision")
-        if self.init_from and (self.model.depth or self.embeddings):
-            raise ValueError("model.depth, embeddings: for a fresh model; leave them out with init_from")
-        objectives.check(self.objective, self.model, self.document_mask)
+        if self.init_from and (fresh := self.model.chosen() + ["embeddings"] * bool(self.embeddings)):
+            raise ValueError(f"{', '.join(fresh)}: for a fresh model; leave out with init_from")
+        objectives.check(self.objective, None if self.init_from else self.model, self.document_mask)
         return self
 
 
@@ -77,6 +77,7 @@ def main(config: PretrainConfig) -> Path:
     torch.manual_seed(config.seed)
     start = lambda: load_to_continue(config.init_from, tokenizer, context_length)  # noqa: E731
     model = start() if config.init_from else build_model(config.model, tokenizer, config.embeddings)
+    objectives.check(config.objective, model.config, config.document_mask)
     objective = objectives.Objective(config.objective, model.config, tokenizer, context_length, config.seed)
     validation = Shards.open(folders[0] / "validation"), config.validation_tokens
     held_out = HeldOut.start_of(*validation, tokenizer, context_length, objective)
@@ -105,8 +106,7 @@ def main(config: PretrainConfig) -> Path:
         if accelerator.is_main_process:
             metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
             lines = baselines(data.corpora[0].tokens, held_out.tokens, tokenizer, config.ngram_orders)
-            stage.say(f"pretrain: {verdict(metrics, lines)}")
-            stage.say(f"sample: {held_out.continuations(model, config.seed)[0]['completion']}")
+            stage.say(f"pretrain: {verdict(metrics, lines)}\nsample: {options['sample']()[0]['completion']}")
             save("model")
             if ema:
                 with ema.applied():

@@ -56,7 +56,8 @@ def load_voice(name: str, path: Path) -> Voice:
     check_model_files(path)
     kinds = AutoConfig.from_pretrained(path, local_files_only=True).architectures or []
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-        raise BadInput(f"{path} holds {', '.join(kinds) or 'a model of no stated kind'}, which does not write text.")
+        found = ", ".join(kinds) or "a model of no stated kind"
+        raise BadInput(f"{path} holds {found}, which does not write text. Give one trained on objective next_token.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()

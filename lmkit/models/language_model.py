@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class of a language model: causal, but for a configurable Transformer with an encoder."""
+    if config.model_type != "lmkit_transformer":
+        return AutoModelForCausalLM
+    alone = AutoModelForCausalLM if config.causal else AutoModelForMaskedLM
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else alone
 
 
 class WithOutputLayer:

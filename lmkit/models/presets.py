@@ -147,6 +147,11 @@ class ModelConfig(Config):
         base = PRESETS[self.preset] if self.depth is None else by_depth(self.depth)
         return base | {key: value for key in _SIZES if (value := getattr(self, key)) is not None}
 
+    def chosen(self) -> list[str]:
+        """Names of what is set beside the length of a block and the preset that it comes from."""
+        own, default = self.model_dump(exclude={"preset", "context_length"}), type(self)().model_dump()
+        return [f"model.{name}" for name, value in own.items() if value != default[name]]
+
     def num_matrix_weights(self, vocab_size: int) -> int:
         """Weights of the layers' matrices and of the output layer: what scaling laws count."""
         sizes = self.sizes()
@@ -213,14 +218,14 @@ def build_model(
     A causal language model, or what `block` makes of it: AutoModelForSeq2SeqLM or AutoModelForMaskedLM load it then.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers import GenerationConfig
 
+    from lmkit.models.language_model import auto_class
     from lmkit.tokenization.chat import stop_token_ids
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    auto = AutoModelForSeq2SeqLM if config.block.num_encoder_layers else AutoModelForCausalLM
-    auto = auto if config.block.causal else AutoModelForMaskedLM
-    model = auto.from_config(transformers_config(config, len(tokenizer), **ids))
+    described = transformers_config(config, len(tokenizer), **ids)
+    model = auto_class(described).from_config(described)
     depth = config.sizes()["num_hidden_layers"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
+from lmkit.models.language_model import auto_class
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tokenization.read import read_tokenizer
 
@@ -35,7 +36,7 @@ def local_folder(source: str) -> Path:
 
 
 def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> PreTrainedModel:
-    """The causal language model to go on training on blocks of ids of `tokenizer`, in float32 on the CPU.
+    """The language model to go on training on blocks of ids of `tokenizer`, in float32 on the CPU.
 
     The model's own tokenizer must give text the same ids. `tokenizer` may have more special tokens (a pad token, chat
     turns): where the model has no embedding for them, it grows. Raises BadInput with the reason where the two differ.
@@ -45,7 +46,8 @@ def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_le
         raise BadInput(f"{source} is not a model directory: it has no config.json. Give what save_pretrained wrote.")
     try:
         own = read_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        kind = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
+        model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except BadInput:
         raise
     except (OSError, ValueError) as error:
@@ -65,7 +67,8 @@ def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_le
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model.config.update(ids)
-    model.generation_config.update(**(ids | {"eos_token_id": stop_token_ids(tokenizer)}))
+    if model.can_generate():
+        model.generation_config.update(**(ids | {"eos_token_id": stop_token_ids(tokenizer)}))
     return model
 
 

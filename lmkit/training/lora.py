@@ -52,7 +52,8 @@ def peft_config(
     from peft import LoraConfig
 
     head = ["score"] if task == "SEQ_CLS" else None
-    return LoraConfig(**options.model_dump(exclude={"load_in_4bit"}), task_type=task, modules_to_save=head)
+    kind = task if head or model is None or model.can_generate() else None  # peft's causal model must generate
+    return LoraConfig(**options.model_dump(exclude={"load_in_4bit"}), task_type=kind, modules_to_save=head)
 
 
 def quantization(options: LoraOptions) -> dict[str, Any]:

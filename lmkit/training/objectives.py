@@ -30,39 +30,57 @@ WIDTHS = 16  # rows are padded to a multiple: a compiled model meets few shapes
 RECURRENT = ("rnn", "lstm", "gru", "elmo")
 
 
-def check(name: Name, model: ModelConfig, document_mask: bool = False) -> None:
-    """Raises ValueError, with the nearest combination that works, where the model cannot learn the objective."""
-    reads, sees_all, recurrent = model.block.num_encoder_layers, not model.block.causal, model.arch in RECURRENT
+def check(name: Name, model: ModelConfig | PreTrainedConfig | None, document_mask: bool = False) -> None:
+    """Raises BadInput, with the nearest combination that works, where the model cannot learn the objective.
+
+    model: as it is configured or as it is; None: not known yet, and nothing is raised.
+    """
+    if model is None:
+        return
+    arch, num_layers, reads, sees_all = _kind(model)
+    recurrent = arch in RECURRENT
     if document_mask and recurrent:
-        raise ValueError(
-            f"document_mask: the state of arch {model.arch} goes from one document to the next, and no mask undoes "
+        raise BadInput(
+            f"document_mask: the state of arch {arch} goes from one document to the next, and no mask undoes "
             "that. Use packing pad, one document a block"
         )
     if document_mask and (reads or name in ("masked", "span_corruption")):
-        raise ValueError(f"document_mask: objective {name} reads a block as one text. Use packing pad")
+        raise BadInput(f"document_mask: objective {name} reads a block as one text. Use packing pad")
     if reads and name in ("next_token", "masked"):
         why = "leaves the encoder nothing to read" if name == "next_token" else "has no second text for the decoder"
-        raise ValueError(
+        raise BadInput(
             f"objective {name} {why}. Use objective prefix or span_corruption, or model.block.num_encoder_layers 0"
         )
     if sees_all and name != "masked":
-        raise ValueError(
+        raise BadInput(
             f"objective {name}: with model.block.causal false a token sees what it is asked for. Use objective masked, "
             "or model.block.causal true"
         )
     if name == "masked" and not sees_all:
-        raise ValueError(
+        raise BadInput(
             "objective masked: a causal model fills a gap without what follows it. Use --model.arch transformer "
             "--model.block.causal false, or objective next_token"
         )
     if name == "span_corruption" and not reads:
-        raise ValueError(
+        raise BadInput(
             "objective span_corruption: an encoder reads the text with its gaps, a decoder writes them. Use "
-            f"--model.arch transformer --model.block.num_encoder_layers {model.sizes()['num_hidden_layers']}, or prefix"
+            f"--model.arch transformer --model.block.num_encoder_layers {num_layers}, or prefix"
         )
-    if name == "prefix" and model.arch != "transformer":
-        why = "reads token by token" if recurrent or model.arch == "neural_ngram" else "is causal throughout"
-        raise ValueError(f"objective prefix: arch {model.arch} {why}. Use --model.arch transformer, or next_token")
+    if name == "prefix" and arch != "transformer":
+        why = "reads token by token" if recurrent or arch == "neural_ngram" else "is causal throughout"
+        raise BadInput(f"objective prefix: arch {arch} {why}. Use --model.arch transformer, or next_token")
+
+
+def _kind(model: ModelConfig | PreTrainedConfig) -> tuple[str, int, int, bool]:
+    """arch, layers, layers of an encoder that these read, and whether a token sees later ones."""
+    if hasattr(model, "block"):
+        sizes = model.sizes()["num_hidden_layers"], model.block.num_encoder_layers
+        return model.arch, *sizes, not model.block.causal
+    names = {"lmkit_transformer": "transformer"}
+    if model.model_type == "lmkit_recurrent":
+        names["lmkit_recurrent"] = "elmo" if model.bidirectional else model.cell
+    sizes = model.num_hidden_layers, getattr(model, "num_encoder_layers", 0)
+    return names.get(model.model_type, model.model_type), *sizes, not getattr(model, "causal", True)
 
 
 def keyed(seed: int, position: int) -> np.random.Generator:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lmkit.artifact import seal
 from lmkit.config import validate
-from lmkit.errors import Interrupted
+from lmkit.errors import BadInput, Interrupted
+from lmkit.models.language_model import auto_class
 from lmkit.models.presets import ModelConfig, build_model
 from lmkit.stage import Stage, read_record
 from lmkit.tokenization.read import load_tokenizer
@@ -108,6 +109,27 @@ def test_pretraining_by_another_objective_stops_and_goes_on_with_the_same_bits(
     assert ("eval/bits_per_byte" in metrics) != asked
     assert metrics["eval/nats_per_token"] > 1
     assert ("nats for each token asked for" in capsys.readouterr().out) == asked
+
+
+@pytest.mark.parametrize("name", ["masked", "span_corruption"])
+def test_a_model_that_writes_no_text_is_gone_on_with(nano, tmp_path, name):
+    import pretrain
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(nano / "model")
+    fresh = build_model(validate(ModelConfig, {"preset": "nano", "context_length": 96} | OBJECTIVES[name]), tokenizer)
+    for part in (fresh, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    train = {"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 2, "optim": "adamw_torch_fused"}
+    settings = {"shards": nano / "shards", "tokenizer": nano / "model", "validation_tokens": 300, "train": train}
+    settings |= {"model": {"preset": "nano", "context_length": 96}, "init_from": str(tmp_path / "model")}
+    settings |= {"lora": {"r": 4}, "output_dir": tmp_path / "more"}
+    with pytest.raises(BadInput, match="Use objective"):
+        pretrain.main(validate(pretrain.PretrainConfig, settings))
+    folder = pretrain.main(validate(pretrain.PretrainConfig, settings | {"objective": name}))
+    after = auto_class(fresh.config).from_pretrained(folder / "model")
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, fresh.get_parameter(n))}
+    assert moved == {n for n, _ in after.named_parameters() if n.endswith("_proj.weight")}
 
 
 def test_a_pretraining_that_cannot_work_is_refused_before_it_starts():

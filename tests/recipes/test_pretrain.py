@@ -153,8 +153,8 @@ def test_averaged_weights_are_scored_and_verified(adapted):
     ("changes", "message"),
     [
         ({"lora": {"r": 4}}, "lora: adapts the model that init_from names"),
-        ({"init_from": "x", "model": {"depth": 4}}, "model.depth, embeddings: for a fresh model"),
-        ({"init_from": "x", "embeddings": "y"}, "model.depth, embeddings: for a fresh model"),
+        ({"init_from": "x", "model": {"depth": 4, "arch": "gpt2"}}, "model.depth, model.arch: for a fresh model"),
+        ({"init_from": "x", "embeddings": "y"}, "embeddings: for a fresh model; leave out with init_from"),
         ({"ngram_orders": [5, 0]}, "ngram_orders.1  Input should be greater than or equal to 1"),
         ({"ngram_orders": [5000]}, "ngram_orders.0  Input should be less than or equal to 32"),
         ({"packing": "tight"}, "packing  Input should be 'stream', 'bos_bestfit' or 'pad'"),

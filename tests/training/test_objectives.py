@@ -7,7 +7,7 @@ import torch
 from lmkit.config import validate
 from lmkit.errors import BadInput
 from lmkit.evaluation.held_out import HeldOut
-from lmkit.models.presets import ModelConfig, build_model
+from lmkit.models.presets import ModelConfig, build_model, transformers_config
 from lmkit.tokenization.train import train_tokenizer
 from lmkit.training.losses import CausalLMLoss
 from lmkit.training.objectives import Objective, check, corrupt_spans, keyed, mask_tokens, num_spans
@@ -165,6 +165,8 @@ def test_next_tokens_are_read_as_they_are(tokenizer):
         ({"arch": "qwen3"}, "masked", "fills a gap without what follows it.*--model.block.causal false"),
         ({"arch": "qwen3"}, "prefix", "arch qwen3 is causal throughout. Use --model.arch transformer"),
         ({"arch": "lstm"}, "prefix", "arch lstm reads token by token"),
+        ({"arch": "elmo"}, "prefix", "arch elmo reads token by token"),
+        ({"arch": "neural_ngram"}, "prefix", "arch neural_ngram reads token by token"),
         ({"arch": "transformer"}, "span_corruption", "a decoder writes them.*num_encoder_layers 4, or prefix"),
         ({"arch": "transformer", "block": {"causal": False}}, "next_token", "sees what it is asked.*objective masked"),
         (
@@ -176,8 +178,10 @@ def test_next_tokens_are_read_as_they_are(tokenizer):
     ],
 )
 def test_an_objective_that_a_model_cannot_learn_is_refused_with_the_nearest_that_works(options, name, said):
-    with pytest.raises(ValueError, match=said):
-        check(name, validate(ModelConfig, options))
+    config = validate(ModelConfig, options)
+    for model in (config, transformers_config(config, 384)):  # to be made, and there already
+        with pytest.raises(BadInput, match=said):
+            check(name, model)
 
 
 def test_documents_are_not_masked_where_a_state_goes_on_or_a_block_is_one_text():
@@ -187,6 +191,8 @@ def test_documents_are_not_masked_where_a_state_goes_on_or_a_block_is_one_text()
     with pytest.raises(ValueError, match=r"objective masked reads a block as one text. Use packing pad"):
         check("masked", encoder, document_mask=True)
     check("prefix", ModelConfig(arch="transformer"), document_mask=True)
+    with pytest.raises(BadInput, match="objective masked reads a block as one text"):
+        check("masked", transformers_config(encoder, 384), document_mask=True)
 
 
 @pytest.mark.parametrize(
