@@ -121,9 +121,20 @@ def load_classifier(path: Path) -> tuple[PreTrainedModel, Preprocess, list[str]]
     return channels_last(model.eval()), preprocess, [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
-def with_classes(path: Path, classes: Sequence[str]) -> tuple[PreTrainedModel, Preprocess]:
-    """The classifier of a directory for other classes: its body and preprocessing, a head of its own kind, new."""
+def with_classes(
+    path: Path, classes: Sequence[str], asked: Preprocess | None = None
+) -> tuple[PreTrainedModel, Preprocess]:
+    """The classifier of a directory for other classes: its body and preprocessing, a head of its own kind, new.
+
+    Raises BadInput where images are `asked` for otherwise than the body saw them.
+    """
     model, preprocess, known = load_classifier(path)
+    wanted = asked.model_dump(exclude_none=True) if asked else {}
+    if other := {name: value for name, value in wanted.items() if getattr(preprocess, name) != value}:
+        own = {name: getattr(preprocess, name) for name in other}
+        raise BadInput(
+            f"{path} saw images with {own}, and preprocess asks for {other}. Leave it out, as its own holds."
+        )
     if known == list(classes):
         return model.train(), preprocess
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}

@@ -41,6 +41,9 @@ class Preprocess(Config):
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+DIGITS = Preprocess(size=8, channels=1)  # the built-in digits as they are
+
+
 class Augment(Config):
     """Random changes of training images; 0 and false leave each out."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.stage import Stage, run
-from lmkit.vision.options import Augment, ImageTrainConfig, Preprocess
+from lmkit.vision.options import DIGITS, Augment, ImageTrainConfig, Preprocess
 
 TRAIN = ImageTrainConfig(
     per_device_train_batch_size=64,
@@ -29,16 +29,14 @@ class ClassifyConfig(StageConfig):
     data: str = source("builtin:digits", "images with labels")
     label_pattern: str | None = setting(None, "regular expression whose group is the label in a file's name")
     skip_bad: bool = setting(False, "leave damaged images out, and say how many, instead of stopping")
-    test_fraction: float = setting(
-        0.2, "share of each class kept for the test where data has no such split", gt=0, lt=1
-    )
+    test_fraction: float = setting(0.2, "share of each class kept for a test where data has none", gt=0, lt=1)
     validation_fraction: float = setting(0.1, "share of train that chooses, where something is chosen", gt=0, lt=1)
     limit: int | None = setting(None, "train on that many images of each class", gt=0)
     network: str = setting("resnet18_narrow", "name in lmkit/vision/cnn.py, hf:DIRECTORY or timm:NAME")
     init_from: Path | None = setting(None, "classifier whose body and preprocessing to go on from")
     mode: Literal["full", "frozen", "gradual", "lora"] = setting("full", "what of that body learns")
     head_fraction: float = setting(0.3, "gradual: share of the updates in which the head learns alone", ge=0, le=1)
-    preprocess: Preprocess = setting(Preprocess(size=8, channels=1), "how an image becomes the input of a new network")
+    preprocess: Preprocess = setting(DIGITS, "how an image becomes the input of a new network")
     augment: Augment = setting(Augment(shift=0.125), "random changes of training images")
     patience: int | None = setting(None, "evaluations without a better one before stopping; keeps the best", gt=0)
     train: ImageTrainConfig = setting(TRAIN, "the training loop")
@@ -62,7 +60,9 @@ def main(config: ClassifyConfig) -> Path:
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction if config.patience else 0.0}
     splits, classes = classification_splits(config.data, config.label_pattern, fractions, config.limit, config.seed)
     torch.manual_seed(config.seed)
-    model, preprocess = with_classes(config.init_from, classes) if config.init_from else (None, config.preprocess)
+    asked = config.preprocess if config.preprocess != DIGITS else None
+    old = with_classes(config.init_from, classes, asked) if config.init_from else None
+    model, preprocess = old or (None, config.preprocess)
     with stage:
         loaded = load_splits(splits, preprocess, config.skip_bad, stage.say)
         data = {name: (pixels, label_ids(kept, classes)) for name, (pixels, kept) in loaded.items()}

@@ -145,6 +145,13 @@ def test_what_cannot_work_is_said(data, tmp_path, flags, message):
         main(config(data, tmp_path, *flags))
 
 
+def test_a_body_is_not_shown_images_of_another_size(trained, data, tmp_path):
+    flags = ["--init_from", str(trained / "model"), "--preprocess.size", "16"]
+    with pytest.raises(BadInput, match=r"saw images with \{'size': 8\}, and preprocess asks for \{'size': 16\}"):
+        main(config(data, tmp_path, *flags))
+    assert not (tmp_path / "model").exists()
+
+
 def test_inspect_shows_damage_and_repeats(data, tmp_path):
     for name in CLASSES[:2]:
         (tmp_path / "train" / name).mkdir(parents=True)
