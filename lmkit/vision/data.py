@@ -295,9 +295,10 @@ def _by_pattern(files, pattern):
 
 
 def _split_folders(path):
-    """Folders named after splits, where there is a train among them; the folder itself as train otherwise."""
-    below = {SPLITS[folder.name.lower()]: folder for folder in _visible(path) if folder.name.lower() in SPLITS}
-    return below if "train" in below else {"train": path}
+    """Folders named after splits, where there is a train among them or nothing else; the folder as train otherwise."""
+    folders = _visible(path)
+    below = {SPLITS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLITS}
+    return below if "train" in below or 0 < len(below) == len(folders) else {"train": path}
 
 
 def _files_by_split(path):

@@ -112,6 +112,19 @@ def test_splits_are_told_by_name(tmp_path):
     assert set(read_images(tmp_path)) == {"train", "test"}
 
 
+def test_a_folder_of_a_test_alone_is_a_test(tmp_path):
+    """And not images of the one class "test", unless it stands among folders of other names."""
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.fromarray(IMAGES[0]).save(tmp_path / "test" / name / "a.png")
+    assert [example.label for example in read_images(tmp_path)["test"]] == ["cat", "dog"]
+    with pytest.raises(BadInput, match="has the splits test and no train"):
+        classification_splits(str(tmp_path), None, {"test": 0.2, "validation": 0.0}, None, 0)
+    (tmp_path / "exam").mkdir()
+    Image.fromarray(IMAGES[0]).save(tmp_path / "exam" / "a.png")
+    assert {example.label for example in read_images(tmp_path)["train"]} == {"exam", "test"}
+
+
 def test_captions_of_metadata_jsonl(tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a grey square"}))
