@@ -50,7 +50,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 80) 
 
 def save_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """The confusion matrix [K, K], a row a true class: shares of a row as shades, counts as numbers (to 30 classes)."""
-    figure, axes = _figure(len(classes) * 0.42 + 2, len(classes) * 0.42 + 1.6)
+    side = 0.42 * len(classes) + 0.9 + 0.09 * max(map(len, classes))  # inches: cells, and names beside them
+    figure, axes = _figure(side + 0.4, side)
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
@@ -80,7 +81,7 @@ def save_mistakes(
         image = pixels[index].permute(1, 2, 0).squeeze(2).numpy()
         cell.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255)
         true, taken = classes[labels[index]], classes[predicted[index]]
-        cell.set_title(f"{true}, not {taken} ({confidence[index]:.0%})", fontsize=8)
+        cell.set_title(textwrap.fill(f"{true}, not {taken} ({confidence[index]:.0%})", 30), fontsize=8)
     figure.suptitle(f"{len(worst)} worst mistakes" if worst else "no mistakes", fontsize=10)
     figure.savefig(path, dpi=120)
 
