@@ -2,6 +2,9 @@
 
 A template names its gaps by role. A role is filled from a word list; `friend` draws from the names and
 `friend_animal` from the animals. No template uses a word of these lists literally, so a sentence can be read back.
+
+A name that begins a sentence is the hero's: what may follow a name would else depend on whether it was told before,
+which a small model is slow to learn (docs/tiny.md).
 """
 # ruff: noqa: SIM905 - word lists are easier to read and to edit as text
 
@@ -112,13 +115,13 @@ TEMPLATES = {
         "Sadly, {friend} the {friend_animal} dropped the {object} of {hero}.",
         "{hero} found {friend} the {friend_animal} crying beside the {object}.",
         "A thief left {hero} and {friend} the {friend_animal} without the {object}.",
-        "{friend} the {friend_animal} blocked the road, so {hero} lost the {object}.",
+        "Alas, {friend} the {friend_animal} blocked the road, so {hero} lost the {object}.",
         "A flood carried the {object} from {hero} to {friend} the {friend_animal}.",
         "The {job} gave the {object} to {friend} the {friend_animal}, and {hero} watched.",
-        "{friend} the {friend_animal} asked {hero} {number} coins for the {object}.",
+        "However, {friend} the {friend_animal} asked {hero} {number} coins for the {object}.",
         "{hero} and {friend} the {friend_animal} saw the {object} together.",
-        "{friend} the {friend_animal} hid the {object} from {hero} in a chest.",
-        "{friend} the {friend_animal} hurt a {body} before {hero} reached the {object}.",
+        "In a chest, {friend} the {friend_animal} hid the {object} from {hero}.",
+        "Then {friend} the {friend_animal} hurt a {body} before {hero} reached the {object}.",
     ],
     "attempt": [
         "{hero} climbed a {material} fence but slipped.",
@@ -142,7 +145,7 @@ TEMPLATES = {
         "{hero} gave {friend} the biggest bowl of {food}.",
         "With great care, {hero} bandaged the {body} of {friend}.",
         "{hero} stayed beside {friend} for {number} {unit}.",
-        "{friend} was tired, and {hero} swept the floor.",
+        "Because {friend} was tired, {hero} swept the floor.",
         "{hero} thanked {friend} and mended a broken cup.",
         "{hero} taught {friend} to {skill}.",
         "{hero} hugged {friend} and picked a {color} {plant} as a gift.",
@@ -155,7 +158,7 @@ TEMPLATES = {
         "In anger, {hero} kicked dust at {friend}.",
         "{hero} told a cruel lie about {friend}.",
         "{hero} slammed the {material} door on {friend}.",
-        "{friend} begged for help, but {hero} turned away.",
+        "When {friend} begged for help, {hero} turned away.",
         "{hero} tore the {color} book of {friend} to pieces.",
         "Without a word, {hero} pinched the {body} of {friend}.",
         "{hero} blamed {friend} and demanded {food}.",
@@ -183,7 +186,7 @@ TEMPLATES = {
         "The {object} cracked in half, and {hero} sat in silence.",
         "After that, not even a {relative} visited {hero}.",
         "For {number} years {hero} regretted that terrible mistake.",
-        "{friend} moved across the sea, and {hero} missed the {object}.",
+        "Far across the sea moved {friend}, and {hero} missed the {object}.",
         "The {object} drifted away with the hopes of {hero}.",
         "Nobody let {hero} {skill} with them again.",
         "{hero} became old and bitter without the {object}.",

@@ -106,6 +106,14 @@ def test_every_template_names_the_hero_and_reads_back():
     assert len(seen) > 96
 
 
+def test_a_name_that_begins_a_sentence_is_the_heros():
+    assert not [t for templates in TEMPLATES.values() for t in templates if t.startswith("{friend")]
+    told = [tales.tell(Random(number), tales.SEEN) for number in range(200)]
+    starts = [(word, story.hero) for story in told for word in re.findall(r"(?:^|\. )([A-Z]\w+)", story.text)]
+    assert all(word == hero for word, hero in starts if word in WORDS["hero"])
+    assert sum(word == hero for word, hero in starts) > 200
+
+
 def test_held_out_combinations_and_phrasing_appear_nowhere_else():
     held_out = rows("prompts.heldout.jsonl.gz")
     combinations = {(row["animal"], row["object"]) for row in held_out}
