@@ -8,10 +8,12 @@
 The rows are recipes/configs/architectures/rows.yaml, each a change of one section of the chain file beside it, trained
 by recipes/pretrain.py in a process of its own; text and tokenizer are made first (`--tokenizer`, `--shards` for others,
 such as the books). A row trains for budget / (FLOP of a token, as `lmkit.training.mfu` counts them) tokens, to the next
-update. What is in the file already is not run again: the command goes on where it was stopped.
+update. What is in the file already is not run again: the command goes on where it was stopped, with the row that it was
+stopped in from that row's start. A row that fails costs no other its line; the command ends with 1 and names it.
 
-`tokens_per_cpu_second` is of the training loop without its evaluation (which a busy machine disturbs least), `peak_mib`
-of the process above one that imported the same; `bits_per_byte` is strided, as in docs/pretrain.md. n-grams see all of
+`tokens_per_cpu_second` is of the training loop without its evaluation; CPU seconds of a core that others use too buy
+less than those of an idle one, so compare it between rows of one quiet run alone. `peak_mib` is
+of the process above one that imported the same, `bits_per_byte` is strided, as in docs/pretrain.md. n-grams see all of
 the text once and have no budget. The group `depth` has a fifth of the budget, and the first of the seeds alone.
 """
 
@@ -20,10 +22,13 @@ import json
 import math
 import os
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +36,7 @@ CONFIGS = ROOT / "recipes" / "configs" / "architectures"
 RUN = Path("runs/architectures")
 ORDERS = (5, 7)
 FULL = 2e13
+KEYS = ("group", "row", "rate", "seed", "budget")  # of a line: what it is, and not what was found
 
 
 # ------------------------------------------------------------------------------------------------------------- one row
@@ -92,8 +98,6 @@ def trained(file: str) -> dict:
         pretrain.main(config)
     except Stopped as error:
         stopped = str(error).split(". Samples")[0]
-    if not seconds:
-        sys.exit(f"{config.output_dir} is finished, but its line is missing: delete it, and it is timed again")
     rows = [row for row in read_jsonl(config.output_dir / "metrics.jsonl") if "loss" in row]
     facts = {"stopped": stopped, "peak_mib": peak_mib() - idle, "train_cpu_seconds": sum(seconds)}
     facts["largest_grad_norm"] = max((row["grad_norm"] for row in rows), default=None)
@@ -126,6 +130,13 @@ def plan(args: argparse.Namespace) -> list[dict]:
         deep = merge(merge(base, rows["depth_base"]), {"train": {"learning_rate": rate}})
         fixed = {"group": "depth", "rate": rate, "budget": args.budget / 5, "seed": args.seeds[0]}
         planned += [fixed | {"row": name, "section": merge(deep, change)} for name, change in rows["depth"].items()]
+    known = {
+        "counted",
+        *(f"kneser_ney_{order}" for order in ORDERS),
+        *(row[key] for row in planned for key in KEYS[:2]),
+    }
+    if unknown := [name for name in args.rows.split(",") if name and name not in known]:
+        sys.exit(f"--rows {','.join(unknown)}: no such row or group. There are {', '.join(sorted(known))}.")
     return [row for row in planned if wanted(row, args.rows)]
 
 
@@ -151,30 +162,32 @@ def length(section: dict, budget: float, vocab_size: int) -> dict:
     return {"parameters": model.num_parameters(), "flops_per_token": flops, "steps": steps, "tokens": steps * tokens}
 
 
-def run_row(row: dict, vocab_size: int) -> dict:
-    """One row in a process of its own; what it found, with what it was."""
+def run_row(row: dict, vocab_size: int, runs: Path) -> dict:
+    """One row in a process of its own, in a folder of `runs`; what it found, with what it was."""
     from lmkit.config import merge
     from lmkit.strict_yaml import dump_yaml
 
     size = length(row["section"], row["budget"], vocab_size)
     name = f"{row['group']}-{row['row']}-{row.get('rate', '')}-{row['seed']}".replace(" ", "_").replace(":", "")
-    folder = RUN / f"{row['budget']:g}" / name
+    folder = runs / f"{row['budget']:g}" / name
     train = {"max_steps": size["steps"], "save_steps": size["steps"]}
     section = merge(row["section"], {"output_dir": str(folder), "seed": row["seed"], "train": train})
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: the clock is to be of one process
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_name(f"{name}.yaml")
     file.write_text(dump_yaml(section), encoding="utf-8")
     found = child("--train", str(file))
-    found["tokens_per_cpu_second"] = size["tokens"] / found["train_cpu_seconds"]
+    if found["stopped"] is None:
+        found["tokens_per_cpu_second"] = size["tokens"] / found["train_cpu_seconds"]
     return {key: value for key, value in row.items() if key != "section"} | size | found
 
 
 def child(*words: str) -> dict:
-    """The JSON line that this program prints last when it is started with `words`; ends this one when it fails."""
+    """The JSON line that this program prints last when it is started with `words`; RuntimeError when it fails."""
     wall, cpu = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
-        sys.exit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-2000:]}")
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.time() - wall, "cpu_seconds": cpu}
 
@@ -215,16 +228,24 @@ def main() -> None:
         return
     vocab_size, rows = prepare(args), plan(args)
     validation_tokens = rows[0]["section"]["validation_tokens"] if rows else 32768
-    same = ("group", "row", "rate", "seed", "budget")
-    known = {tuple(line.get(key) for key in same) for line in read_lines(args.output)}
+    known = {tuple(line.get(key) for key in KEYS) for line in read_lines(args.output)}
+    todo: list[tuple[dict, Callable[[dict], dict]]] = []
     for order in ORDERS:
+        facts = {"order": order, "validation_tokens": validation_tokens, "tokenizer_dir": str(args.tokenizer)}
+        facts["shards"] = str(args.shards)
         row = {"group": "counted", "row": f"kneser_ney_{order}"}
-        if wanted(row, args.rows) and tuple(map(row.get, same)) not in known:
-            facts = {"order": order, "validation_tokens": validation_tokens, "tokenizer_dir": str(args.tokenizer)}
-            keep(args.output, row | child("--count", json.dumps(facts | {"shards": str(args.shards)})))
-    for row in rows:
-        if tuple(map(row.get, same)) not in known:
-            keep(args.output, run_row(row, vocab_size))
+        todo += [(row, lambda row, facts=facts: row | child("--count", json.dumps(facts)))] * wanted(row, args.rows)
+    todo += [(row, lambda row: run_row(row, vocab_size, RUN / args.output.stem)) for row in rows]
+    failed = []
+    for row, run in todo:
+        if tuple(map(row.get, KEYS)) not in known:
+            try:
+                keep(args.output, run(row))
+            except RuntimeError as error:
+                print(error, file=sys.stderr, flush=True)
+                failed.append(" ".join(str(row[key]) for key in KEYS if key in row))
+    if failed:
+        sys.exit(f"{len(failed)} of {len(todo)} rows failed ({'; '.join(failed)}); the same command tries them again")
 
 
 def keep(path: Path, line: dict) -> None:
@@ -249,9 +270,9 @@ def tables(lines: list[dict]) -> dict[str, list[str]]:
     for group, table in (("table", table_of), ("depth", depth_table)):
         for budget in sorted({line["budget"] for line in lines if line["group"] == group}):
             here = [line for line in lines if (line["group"], line.get("budget")) == (group, budget)]
-            seeds, dates = ({line[key] for line in here} for key in ("seed", "date"))
-            about = f"{budget:g} training FLOP a row; seed {', '.join(map(str, sorted(seeds)))}; "
-            about += f"{' to '.join(dict.fromkeys([min(dates), max(dates)]))}, torch {here[-1]['torch']}."
+            dates, seeds = {line["date"] for line in here}, sorted({line["seed"] for line in here})
+            about = f"{budget:g} training FLOP a row; {' to '.join(dict.fromkeys([min(dates), max(dates)]))}, "
+            about += f"torch {here[-1]['torch']}" + (f"; seed {seeds[0]}." if group == "depth" else ".")
             counted = [line for line in lines if line["group"] == "counted" and group == "table"]
             text[group] += [about, "", *table(counted + here), ""]
         text[group] = text[group][:-1]
@@ -259,33 +280,39 @@ def tables(lines: list[dict]) -> dict[str, list[str]]:
 
 
 def table_of(lines: list[dict]) -> list[str]:
-    """Means over seeds of each row, in the order of rows.yaml, and the difference from `transformer`."""
+    """Means over seeds of each row, in the order of rows.yaml, and the difference from `transformer` over the seeds
+    that both have; then what is not there yet."""
     from lmkit.strict_yaml import read_mapping
 
-    order = [f"kneser_ney_{order}" for order in ORDERS] + list(read_mapping(CONFIGS / "rows.yaml")["table"])
+    planned = list(read_mapping(CONFIGS / "rows.yaml")["table"])
+    order = [f"kneser_ney_{order}" for order in ORDERS] + planned
     rows: dict[str, list[dict]] = {}
-    for line in sorted(lines, key=lambda line: order.index(line["row"])):
+    for line in sorted(lines, key=lambda line: (order.index(line["row"]), line.get("seed", 0))):
         rows.setdefault(line["row"], []).append(line)
+    default = {line["seed"]: line["bits_per_byte"] for line in rows.get("transformer", []) if "bits_per_byte" in line}
+    shown = {name: name if ":" in name else f"`{name}`" for name in order}
 
-    def mean(name: str, key: str) -> float:
-        return statistics.mean(line[key] for line in rows[name])
-
-    default = mean("transformer", "bits_per_byte") if "transformer" in rows else math.nan
-
-    table = [
-        "| | parameters | tokens | bits per byte | against `transformer` | tokens per CPU second | memory, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = "parameters, tokens, seeds, bits per byte, against `transformer`, tokens per CPU second, memory in MiB"
+    table = [f"| | {heads.replace(', ', ' | ')} |", "|---|" + "---:|" * 7]
     for name, found in rows.items():
-        bits, first = [line["bits_per_byte"] for line in found], found[0]
-        cells = [name if ":" in name else f"`{name}`", f"{first['parameters']:,}", f"{first['tokens']:,}"]
+        first, ended = found[0], [line for line in found if "bits_per_byte" in line]
+        bits = [line["bits_per_byte"] for line in ended]
+        cells = [shown[name], f"{first['parameters']:,}", f"{first['tokens']:,}"]
         cells[1] += " n-grams" if first["group"] == "counted" else ""
-        cells.append(f"{mean(name, 'bits_per_byte'):.4f}" + (f" ± {statistics.stdev(bits):.4f}" if bits[1:] else ""))
-        gap = mean(name, "bits_per_byte") - default
-        cells.append("" if name == "transformer" or math.isnan(gap) else f"{gap:+.4f}")
-        cells += [f"{mean(name, 'tokens_per_cpu_second'):,.0f}", f"{mean(name, 'peak_mib'):,.0f}"]
+        cells.append(", ".join(str(line["seed"]) for line in found if "seed" in line))
+        score = f"{statistics.mean(bits):.4f}" if bits else ""
+        score += f" ± {statistics.stdev(bits):.4f}" if bits[1:] else ""
+        stops = [line["stopped"].split(":")[0] for line in found if line not in ended]
+        cells.append(", ".join([*([score] if score else []), *(f"stopped at {stop}" for stop in stops)]))
+        gaps = [line["bits_per_byte"] - default[line["seed"]] for line in ended if line.get("seed") in default]
+        if first["group"] == "counted" and default:
+            gaps = [bits[0] - statistics.mean(default.values())]
+        cells.append(f"{statistics.mean(gaps):+.4f}" if gaps and name != "transformer" else "")
+        for key in ("tokens_per_cpu_second", "peak_mib"):
+            cells.append(f"{statistics.mean(line[key] for line in ended):,.0f}" if ended else "")
         table.append("| " + " | ".join(cells) + " |")
-    return table
+    missing = [shown[name] for name in planned if name not in rows]
+    return [*table, "", f"Not run at these FLOPs: {', '.join(missing)}."] if missing else table
 
 
 def depth_table(lines: list[dict]) -> list[str]:
@@ -317,4 +344,5 @@ def with_tables(page: str, lines: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main()

@@ -69,15 +69,25 @@ def test_a_table_for_each_budget_has_means_spreads_and_differences():
     lines = [line("transformer", 2.0), line("transformer", 2.2, seed=1), line("norms: post", 2.5)]
     lines += [line("kneser_ney_5", 1.9, group="counted"), line("lstm", 1.0, budget=1e10)]
     del lines[-2]["budget"], lines[-2]["seed"]  # n-grams have neither
+    lines += [line("norms: deep", 2.4), *(line(f"norms: {name}", 0) for name in ("deep", "sandwich"))]
+    lines[-2] |= {"seed": 1, "stopped": "step 9: the loss is nan over 2048 tokens"}
+    lines[-1]["stopped"] = "step 3: the loss is nan"
+    for stopped in lines[-2:]:
+        del stopped["bits_per_byte"], stopped["tokens_per_cpu_second"]
     text = "\n".join(architectures.tables(lines)["table"])
-    small, text = text.split("1e+12 training FLOP a row; seed 0, 1; 2026-11-21, torch 2.13.0.")
-    assert small.startswith("1e+10 training FLOP a row; seed 0; 2026-11-21, torch 2.13.0.")
-    assert "| `lstm` | 950,000 | 4,096 | 1.0000 |  | 1,000 | 100 |" in small
-    assert "| `kneser_ney_5` | 950,000 n-grams | 4,096 | 1.9000 |  |" in small
-    assert "| `transformer` | 950,000 | 4,096 | 2.1000 ± 0.1414 |  | 1,000 | 100 |" in text
-    assert "| norms: post | 950,000 | 4,096 | 2.5000 | +0.4000 | 1,000 | 100 |" in text
-    assert "| `kneser_ney_5` | 950,000 n-grams | 4,096 | 1.9000 | -0.2000 |" in text
-    assert "lstm" not in text
+    small, text = text.split("1e+12 training FLOP a row; 2026-11-21, torch 2.13.0.")
+    assert small.startswith("1e+10 training FLOP a row; 2026-11-21, torch 2.13.0.")
+    assert "| `lstm` | 950,000 | 4,096 | 0 | 1.0000 |  | 1,000 | 100 |" in small
+    assert "| `kneser_ney_5` | 950,000 n-grams | 4,096 |  | 1.9000 |  |" in small
+    assert "| `transformer` | 950,000 | 4,096 | 0, 1 | 2.1000 ± 0.1414 |  | 1,000 | 100 |" in text
+    # Compared with the default over the seeds that both have.
+    assert "| norms: post | 950,000 | 4,096 | 0 | 2.5000 | +0.5000 | 1,000 | 100 |" in text
+    assert "| `kneser_ney_5` | 950,000 n-grams | 4,096 |  | 1.9000 | -0.2000 |" in text
+    assert "| norms: deep | 950,000 | 4,096 | 0, 1 | 2.4000, stopped at step 9 | +0.4000 | 1,000 | 100 |" in text
+    assert "| norms: sandwich | 950,000 | 4,096 | 0 | stopped at step 3 |  |  |  |" in text
+    assert "lstm" in text.split("Not run at these FLOPs: `neural_ngram`, `rnn`, ")[1]
+    assert "lstm" not in text.split("Not run")[0]
+    assert "norms: post" not in text.split("Not run")[1]
 
 
 def test_the_depth_table_tells_who_stopped_and_the_largest_gradient():
@@ -88,7 +98,7 @@ def test_the_depth_table_tells_who_stopped_and_the_largest_gradient():
     del stopped["bits_per_byte"]
     stopped["largest_grad_norm"] = None
     table = architectures.tables([*lines, stopped])["depth"]
-    assert table[0].startswith("2e+11 training FLOP a row; seed 0;")
+    assert table[0] == "2e+11 training FLOP a row; 2026-11-21, torch 2.13.0; seed 0."
     assert table[2] == "| norms | rate 0.1 | rate 0.5 |"
     assert table[4:] == [
         "| `post` | 3.000 (gradient up to 1.5) | not run |",
@@ -105,6 +115,31 @@ def test_the_page_shows_what_the_file_says():
     assert architectures.with_tables(page, changed) != page
     with pytest.raises(SystemExit, match="the page has no <!-- table -->"):
         architectures.with_tables("# Architectures", lines)
+
+
+def test_a_row_that_fails_costs_no_other_its_line(tmp_path, monkeypatch, capsys):
+    def run_row(row, vocab_size, runs):
+        if row["row"] == "rnn":
+            raise RuntimeError("--train rnn.yaml ended with 1")
+        return {key: row[key] for key in architectures.KEYS if key in row}
+
+    monkeypatch.setattr(architectures, "run_row", run_row)
+    monkeypatch.setattr(architectures, "prepare", lambda args: 768)
+    command = ["x", "--rows", "rnn,lstm,gru", "--seeds", "0", "--output", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"1 of 3 rows failed \(table rnn 0 20000000000000.0\)"):
+        architectures.main()
+    assert "--train rnn.yaml ended with 1" in capsys.readouterr().err
+    assert [row["row"] for row in architectures.read_lines(tmp_path / "out.jsonl")] == ["lstm", "gru"]
+    monkeypatch.setattr(architectures, "run_row", lambda row, *_: {"row": row["row"]})
+    architectures.main()  # what failed, again, and nothing else
+    assert [row["row"] for row in architectures.read_lines(tmp_path / "out.jsonl")] == ["lstm", "gru", "rnn"]
+
+
+def test_a_row_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(SystemExit, match=r"--rows lstn: no such row or group. There are .*counted, .*lstm, "):
+        planned("lstn,rnn")
 
 
 @pytest.mark.slow
