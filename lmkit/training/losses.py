@@ -99,7 +99,7 @@ class CausalLMLoss(nn.Module):
                 f"{type(model).__name__} changes its logits after the output layer ({', '.join(changed) or 'bias'}), "
                 "which this loss does not. Start from another model."
             )
-        self.model, self.z_loss = model, z_loss
+        self.model, self.z_loss, self.loss = model, z_loss, linear_cross_entropy
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,4 +109,4 @@ class CausalLMLoss(nn.Module):
         # With a cache transformers keeps keys and values during training and drops masks between packed documents.
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         weight, options = self.model.get_output_embeddings().weight, {"z_loss": self.z_loss, "softcap": self.softcap}
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), **options)
+        return self.loss(hidden.flatten(0, 1), weight, labels.flatten(), **options)

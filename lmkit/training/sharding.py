@@ -77,7 +77,8 @@ def plain_accelerator(mixed_precision: str) -> Accelerator:
 
 
 def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
-    """What training calls and updates: the module in DDP, its sharded double, or with one process the module itself.
+    """What training calls and updates: the module in DDP, its sharded double, or with one process the module itself;
+    where it is compiled by blocks, a double.
 
     Build optimisers on what is returned. After it a sharded module is empty outside of `whole`. A module of which some
     updates leave parameters out says so by `leaves_parameters_out`; BadInput where it is to be sharded.
@@ -88,7 +89,10 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=leaves_out, gradient_as_bucket_view=True
         )
-        if torch_compile:
+        if torch_compile and blocks(module):
+            # The given one stays as it is: evaluation and sampling have other lengths at every turn.
+            module = compile_parts(double_of(module))
+        elif torch_compile:
             module.compile(dynamic=False)
         return accelerator.prepare_model(module)
     if leaves_out:
@@ -100,9 +104,10 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
     for tensor in (*module.to(accelerator.device).parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # what is channels last cannot be sharded
         torch.distributed.broadcast(tensor.data, 0)  # as DDP does: all start from the first one's
-    # The double shares all tensors, so that sharding it copies no more than a block at a time.
-    tensors = [*module.parameters(), *module.buffers()]
-    double = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    # Sharding it copies no more than a block at a time.
+    double = double_of(module)
+    if torch_compile:
+        compile_parts(double)
     shards = accelerator.num_processes // sharding.num_replicas
     mesh = init_device_mesh(
         accelerator.device.type, (sharding.num_replicas, shards), mesh_dim_names=("replicate", "shard")
@@ -111,8 +116,6 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
     if accelerator.mixed_precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in blocks(double):
-        if torch_compile:
-            block.compile(dynamic=False)
         fully_shard(block, reshard_after_forward=sharding.reshard_after_forward, **options)
     fully_shard(double, **options)
     empty(module)
@@ -123,6 +126,25 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     """The layers that a transformers model names as its units; none in other modules, which are one unit."""
     names = {name for inner in module.modules() for name in getattr(inner, "_no_split_modules", None) or ()}
     return [inner for inner in module.modules() if type(inner).__name__ in names]
+
+
+def double_of(module: nn.Module) -> nn.Module:
+    """A copy that shares all tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def compile_parts(module: nn.Module) -> nn.Module:
+    """The module, its blocks and the loss after them compiled, each on its own.
+
+    Alike blocks share what is compiled once. In one graph each would be compiled, and would take the sines and cosines
+    of all positions anew for every head, forward and backward.
+    """
+    for block in blocks(module):
+        block.compile(dynamic=False)
+    if hasattr(module, "loss"):
+        module.loss = torch.compile(module.loss, dynamic=False)
+    return module
 
 
 @contextlib.contextmanager

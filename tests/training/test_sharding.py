@@ -1,4 +1,5 @@
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lmkit.errors import BadInput
+from lmkit.models.attention import packed_attention
 from lmkit.models.presets import ModelConfig, transformers_config
 from lmkit.training import loop, sealed, sharding
 from lmkit.training.losses import CausalLMLoss
@@ -106,3 +108,36 @@ def test_what_trl_trains_is_not_sharded_by_fsdp_nor_a_reward_model_by_zero3(laun
     launcher(**FSDP2)
     with pytest.raises(BadInput, match=r"asked for FSDP, which serves pretrain, ppo and vision alone.*ddp\.yaml"):
         sealed.arguments(RewardConfig, {}, None)
+
+
+@pytest.mark.parametrize("num_hidden_layers", [2, 3])
+def test_alike_blocks_are_compiled_once_for_training_alone(monkeypatch, num_hidden_layers):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    size = ModelConfig(preset="nano", arch="llama", num_hidden_layers=num_hidden_layers)
+    module = CausalLMLoss(AutoModelForCausalLM.from_config(transformers_config(size, 512)))
+    tokens = torch.randint(0, 512, (2, 13))
+    batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
+    with packed_attention(module.model):
+        prepared = sharding.prepare(module, sharding.plain_accelerator("no"), torch_compile=True)
+        loss, _ = prepared(**batch)
+        loss.backward()
+        found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+        assert len(graphs) == 2  # a block and the loss
+        assert any("cross_entropy" in name for name in graphs[1])
+        assert not {name for name in graphs[0] if name in ("cos", "sin")}
+        module.zero_grad()
+        expected, _ = module(**batch)
+        expected.backward()
+        module(tokens[:, :5], tokens[:, 1:6])
+    assert len(graphs) == 2
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-5, msg=name)
