@@ -118,8 +118,8 @@ def new_conditioner(
 ) -> Conditioner:
     """A conditioner for training on images with `words`.
 
-    Captions are read by the language model of the directory `source`, in the direction it was trained in; without one
-    by a `new` one that reads both ways, its tokenizer trained on them.
+    Captions are read by the language model, or text tower, of the directory `source`, in the direction it was trained
+    in; without one by a `new` one that reads both ways, its tokenizer trained on them.
     """
     if kind != "text":
         return Classes(sorted(set(words))) if kind == "class" else Unconditional()

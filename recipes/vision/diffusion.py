@@ -1,7 +1,7 @@
 """Diffusion: a network that draws images from noise, after a caption, a class or nothing.
 
-Reads   --data (images with captions or labels, as classify.py does; builtin:digits, builtin:digit_pairs), optionally a
-        language model that reads the captions (--text_model) and a classifier that judges (--judge)
+Reads   --data (images with captions or labels, as classify.py does; builtin:digits, builtin:digit_pairs), optionally
+        what reads the captions (--text_model: a language model, or what clip.py wrote) and a classifier that judges
 Writes  output_dir/model (a directory in the layout of diffusers), output_dir/results (samples.png, denoising.gif,
         metrics.json), output_dir/samples (a picture an evaluation, averaged weights below plain ones), metrics.jsonl
 
