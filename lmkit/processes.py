@@ -65,6 +65,11 @@ def join() -> PartialState:
 
     # Accelerator alone looks at this variable; a bare PartialState would meet nobody on a CPU.
     cpu = is_set("ACCELERATE_USE_CPU")
+    if is_set("ACCELERATE_USE_DEEPSPEED") and cpu:
+        raise BadInput(
+            "the launcher asked for DeepSpeed and for CPUs, where Accelerate trains by DDP without a word. Launch with "
+            "accelerate_configs/ddp.yaml, or leave ACCELERATE_USE_CPU out."
+        )
     if is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise BadInput("the launcher asked for DeepSpeed, which is not installed: pip install -e .[deepspeed].")
     seconds = float(os.environ.get("LMKIT_TIMEOUT_SECONDS", TIMEOUT_SECONDS))

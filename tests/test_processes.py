@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmkit.errors import BadInput, Interrupted
-from lmkit.processes import check_launcher, lost_another, require_one, run_group
+from lmkit.processes import check_launcher, join, lost_another, require_one, run_group
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,16 @@ def test_a_launcher_that_starts_one_of_several_is_seen(monkeypatch):
         check_launcher()
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_launcher()
+
+
+def test_deepspeed_is_refused_where_it_would_silently_be_left_out_or_is_not_there(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"DeepSpeed, which is not installed: pip install -e \.\[deepspeed\]"):
+        join()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(BadInput, match=r"DeepSpeed and for CPUs, where Accelerate trains by DDP .*ddp\.yaml"):
+        join()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.faults.harness import ROOT, Harness
-from tests.processes.worlds import recipe
+from tests.processes.worlds import recipe, with_deepspeed
 
 # Newton-Schulz in bfloat16 makes 2^-9 of an update of the least difference; tests of the loop have it in float32.
 MUON = 5e-3
@@ -28,6 +29,8 @@ def chain(tmp_path_factory):
 
 def close(found, wanted, tolerance):
     found, wanted = (load_file(folder / "model.safetensors") for folder in (found, wanted))
+    if "lm_head.weight" in found.keys() - wanted.keys():  # DeepSpeed writes a tied weight twice
+        assert torch.equal(found.pop("lm_head.weight"), found["model.embed_tokens.weight"])
     assert found.keys() == wanted.keys()
     return all(torch.allclose(found[name], tensor, rtol=0, atol=tolerance) for name, tensor in wanted.items())
 
@@ -48,6 +51,25 @@ def test_two_processes_make_the_model_of_one(worlds, chain, tmp_path, stage):
         wanted = column(chain / "chain" / stage, name)
         assert len(wanted) > 6
         assert column(tmp_path / "two", name) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "config"), [("sft", "zero2.yaml"), ("sft", "zero3.yaml"), ("reward", "zero2.yaml")])
+def test_deepspeed_makes_the_model_of_one_and_goes_on_from_its_checkpoint(worlds, chain, tmp_path, stage, config):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -e .[deepspeed]")
+    per_device, tolerance = STAGES[stage]
+    flags = ["--config", chain / "configs" / f"{stage}.yaml", "--train.per_device_train_batch_size", per_device]
+    options = {"config": config, "ACCELERATE_USE_CPU": "false", "ACCELERATE_MIXED_PRECISION": "no"}
+    for name in ("whole", "parts"):  # the second goes on from the first checkpoint of the first
+        worlds.run(2, with_deepspeed, stage, *flags, "--output_dir", tmp_path / name, **options)
+        assert close(tmp_path / name / "model", chain / "chain" / stage / "model", tolerance)
+        if name == "whole":
+            first = min((tmp_path / "whole" / "checkpoints").iterdir())
+            assert list(first.glob("global_step*"))  # what DeepSpeed alone writes
+            shutil.copytree(first, tmp_path / "parts" / "checkpoints" / first.name)
+    steps = [column(tmp_path / name, "step")[0] for name in ("whole", "parts")]
+    assert steps[0] < steps[1]
+    wanted = column(chain / "chain" / stage, "loss")
+    assert column(tmp_path / "whole", "loss") == pytest.approx(wanted, rel=1e-3)
 
 
 def test_rows_that_do_not_fill_a_batch_of_all_processes(worlds, chain, tmp_path):

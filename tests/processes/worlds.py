@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from lmkit.stage import run
 from tests.faults.harness import PRELOAD, ROOT, config_class, serve
@@ -23,7 +24,11 @@ def launched_with(config, num_processes, *flags):
     arguments = ["--config_file", str(CONFIGS / config), "--num_processes", str(num_processes), *flags, "script.py"]
     args = launch_command_parser().parse_args(arguments)
     args, *_ = _validate_launch_command(args)
-    found = prepare_multi_gpu_env(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""  # they matter beside a DeepSpeed file alone
+        found = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        found = prepare_multi_gpu_env(args)
     os.environ.clear()
     os.environ.update(before)
     return {name: value for name, value in found.items() if before.get(name) != value and value is not None}
@@ -47,6 +52,12 @@ def recipe(name, *argv):
     sys.argv = [f"recipes/{name}.py", *map(str, argv)]
     module = importlib.import_module(name.replace("/", "."))
     run(module.main, config_class(module), module.__doc__)
+
+
+def with_deepspeed(name, *argv):
+    """A task: a recipe under DeepSpeed on gloo. Accelerate offers it to GPUs alone, unless there is a world already."""
+    PartialState(cpu=False, backend="gloo")
+    recipe(name, *argv)
 
 
 class Worlds:
