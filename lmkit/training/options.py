@@ -14,7 +14,7 @@ class TrainConfig(Config):
     """An update sees per_device_train_batch_size x gradient_accumulation_steps x processes samples, or
     global_batch_size of them."""
 
-    max_steps: int = setting(800, "optimizer updates", gt=0)
+    max_steps: int = setting(1000, "optimizer updates", gt=0)
     per_device_train_batch_size: int = setting(32, "samples a process takes through the model at once", gt=0)
     gradient_accumulation_steps: int = setting(1, "micro-batches whose gradients make one update", gt=0)
     global_batch_size: int | None = setting(
