@@ -2,6 +2,7 @@
 
     python benchmarks/pretrain.py                                   # bf16 and fp32, 3 processes a side: 10 minutes
     python benchmarks/pretrain.py --dtypes bf16 --reps 1 --steps 2  # to see that it runs
+    python benchmarks/pretrain.py --sides trainer,trainer_compiled,lmkit_compiled   # Trainer compiles for minutes
     python benchmarks/pretrain.py --side lmkit --dtype bf16 [--compile] [--micro_batch 16] [--profile]
 
 The peer is ../shared/bench/pretrain_hf.py, which trains 12.19 M parameters (6 layers, width 384, vocabulary 4096, tied)
@@ -122,6 +123,7 @@ def compare(args: argparse.Namespace) -> None:
     ours = [sys.executable, __file__, "--side", "lmkit", "--micro_batch", str(args.micro_batch)]
     theirs = [sys.executable, str(PEER / "pretrain_hf.py"), "--impl", "trainer-llama", "--warm", str(WARM)]
     sides = {"trainer": theirs, "lmkit": ours, "lmkit_compiled": [*ours, "--compile"]}
+    sides["trainer_compiled"] = [*theirs, "--compile"]
     above: dict[tuple[str, str], float] = {}
     for dtype in args.dtypes.split(","):
         rows = {side: [] for side in args.sides.split(",")}
@@ -134,7 +136,7 @@ def compare(args: argparse.Namespace) -> None:
             speed[side] = statistics.median(row["value"] for row in found)
             per_cpu[side] = statistics.median(BATCH * CONTEXT / time["cpu_s"] for time in times)
             peak = max(time["rss_mb"] for time in times)
-            above[side, dtype] = peak - idle["trainer" if side == "trainer" else "lmkit"]
+            above[side, dtype] = peak - idle[side.removesuffix("_compiled")]
             measured = {"per_second": round(speed[side]), "per_cpu_second": round(per_cpu[side])}
             emit(f"pretrain_{side}_{dtype}", measured, "tokens", peak_mib=peak, steps=len(found))
         for side in rows.keys() - {"trainer"}:

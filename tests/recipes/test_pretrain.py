@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmkit.config import validate
-from lmkit.errors import BadInput
-from lmkit.stage import run, seal, verify
+from lmkit.errors import BadInput, Interrupted
+from lmkit.stage import Stage, run, seal, verify
 
 
 def configure(nano, folder, **changes):
@@ -233,3 +233,21 @@ def raiser(error):
         raise error
 
     return fail
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_goes_on_to_the_bit(trained, nano, tmp_path, monkeypatch):
+    train = trained.train.model_dump() | {"torch_compile": True, "save_steps": 2}
+    configs = [configure(nano, tmp_path / name, train=train) for name in ("whole", "stopped")]
+    pretrain.main(configs[0])
+    looks = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "stop_requested", lambda stage: next(looks))
+        with pytest.raises(Interrupted):
+            pretrain.main(configs[1])
+    pretrain.main(configs[1])
+    whole, stopped = ((config.output_dir / "model" / "model.safetensors").read_bytes() for config in configs)
+    assert whole == stopped
+    scores = [json.loads((config.output_dir / "stage.json").read_text())["metrics"] for config in (trained, configs[0])]
+    for name in ("loss", "eval/bits_per_byte"):
+        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-4)
