@@ -94,16 +94,12 @@ class VLLMServer:
         def ask(prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
             with self._asking("did not complete a prompt"):
                 found = self.client.generate([prompt], generation_kwargs=more | {"seed": seed}, **options)
-            (ids,), (named,), (logprobs,) = (
-                found[name] for name in ("completion_ids", "logprob_token_ids", "logprobs")
-            )
-            return ids, [dict(zip(*pair))[token] for token, *pair in zip(ids, named, logprobs, strict=True)]
+            names = ("completion_ids", "logprob_token_ids", "logprobs")
+            ids, likeliest, logprobs = (found[name][0] for name in names)
+            return ids, [dict(zip(*pair))[token] for token, *pair in zip(ids, likeliest, logprobs, strict=True)]
 
-        executor = ThreadPoolExecutor(batch_size)
-        answers = [
-            executor.submit(ask, *row)
-            for row in zip(prompts, row_seeds(len(prompts), max_new_tokens, generator), strict=True)
-        ]
+        seeds, executor = row_seeds(len(prompts), max_new_tokens, generator), ThreadPoolExecutor(batch_size)
+        answers = [executor.submit(ask, *row) for row in zip(prompts, seeds, strict=True)]
         executor.shutdown(wait=False)
         stops = Stops(stop_token_ids, stop_strings, tokenizer)
 

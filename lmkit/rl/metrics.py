@@ -171,6 +171,11 @@ def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, s
             f"{metrics['policy/clipfrac_avg']:.0%} of the tokens have ratios outside the clip and no gradient: lower "
             "learning_rate or num_ppo_epochs"
         )
+    if metrics.get("sampling/importance_sampling_capped", 0.0) > 0.1:
+        found["lag"] = (
+            f"{metrics['sampling/importance_sampling_capped']:.0%} of the tokens are over importance_sampling_cap: the "
+            "policy moves faster than what it samples by follows; lower learning_rate or num_ppo_epochs"
+        )
     if metrics["objective/scores_std"] == 0:
         found["reward"] = (
             f"all completions have the score {metrics['objective/scores']:.3g}: there is nothing to learn from this "

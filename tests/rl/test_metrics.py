@@ -37,6 +37,7 @@ def test_a_healthy_run_is_not_warned_of_also_without_a_critic():
         ({"objective/kl": -2.0}, "kl", "completions are not drawn from the policy"),
         ({"val/ratio_max": 30.0}, "step", "moved 30-fold in one iteration: lower learning_rate"),
         ({"policy/clipfrac_avg": 0.7}, "clip", "70% of the tokens have ratios outside the clip"),
+        ({"sampling/importance_sampling_capped": 0.2}, "lag", "20% of the tokens are over importance_sampling_cap"),
         ({"objective/scores_std": 0.0}, "reward", "nothing to learn from this reward"),
         ({"rollout/unique_frac": 0.2}, "same", "the policy has collapsed; raise kl_coef"),
         ({"val/explained_var": -3.0}, "critic", "lower value_learning_rate, raise vf_coef"),
