@@ -181,7 +181,7 @@ class PPOTrainer:
         try:
             with self._whole():
                 rollout, seconds = self.collect(self.train_prompts, index, "sampling", args.one_step_off_policy)
-        except BadInput as error:  # of the reward; other processes may not have met it, so no collective here
+        except BadInput as error:  # of reward or server; other processes may not have met it, so no collective here
             if self.iteration and accelerator.num_processes == 1:
                 self._save()
             raise BadInput(f"iteration {self.iteration + 1}: {error} {self._last_good()}") from error
