@@ -32,7 +32,7 @@ class PreferencesConfig(StageConfig):
     on_bad: Literal["error", "skip"] = setting("error", "given pairs that are none: an error above 1 %, or skipped")
     model: Path | None = source(Path("runs/tiny/sft/model"), "model whose completions are compared")
     prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to sample for")
-    num_pairs: int = setting(4000, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
+    num_pairs: int = setting(5300, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
     num_generations: int = setting(2, "completions of each prompt; each two of them are a pair", gt=1)
     max_new_tokens: int = setting(128, "longest completion in tokens", gt=0)
     temperature: float = setting(1.0, "temperature of sampling", gt=0)

@@ -22,9 +22,9 @@ TRAIN = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-3,
+    "adam_beta2": 0.95,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
-    "weight_decay": 0.0,
     "center_rewards_coefficient": 0.01,
     "gradient_checkpointing": False,
     "logging_steps": 20,
@@ -46,6 +46,7 @@ class RewardStageConfig(StageConfig):
     learn_from: Literal["train", "heldout"] = setting("train", "the pairs to learn from; it is judged on the others")
     judge_dir: Path | None = knob(None, "where to train another one, first, on the pairs this one is judged on")
     lora: LoraOptions = setting(LoraOptions(), "adapters, under peft's names")
+    muon: bool = setting(True, "matrices by Muon, as in pretraining; adapters, and DeepSpeed, take train.optim")
     train: dict[str, Any] = setting(TRAIN, "options of trl.RewardConfig")
 
     @field_validator("train")
@@ -71,43 +72,40 @@ def main(config: RewardStageConfig) -> Path:
     from lmkit.data.encode import encode_pairs, show_counts
     from lmkit.data.formats import inspect_rows
     from lmkit.evaluation import reward_model as rm
+    from lmkit.models.attention import faster_attention
     from lmkit.models.load import check_positions, load_reward_model
     from lmkit.training.lora import merged, peft_config, quantization
     from lmkit.training.sealed import SealedCheckpoints, arguments, save_model, train
 
-    class Trainer(SealedCheckpoints, RewardTrainer):
-        pass
+    class Trainer(SealedCheckpoints, RewardTrainer): ...
 
     with stage:
         model, tokenizer = load_reward_model(config.model, **quantization(config.lora))
         check_positions(model, config.max_length)
         pairs = load_from_disk(str(config.data))
-        judge_on = "heldout" if config.learn_from == "train" else "train"
-        learnt, judged = pairs[config.learn_from], pairs[judge_on]
+        learnt, judged = pairs[config.learn_from], pairs[{"train": "heldout", "heldout": "train"}[config.learn_from]]
         limits = config.max_length, config.on_truncation, config.margin
-        dataset, counts = encode_pairs(learnt, tokenizer, *limits)
-        heldout, heldout_counts = encode_pairs(judged, tokenizer, *limits)
+        (dataset, counts), (heldout, heldout_counts) = (encode_pairs(p, tokenizer, *limits) for p in (learnt, judged))
         counts |= inspect_rows(learnt, judged)
         stage.say(show_counts("pairs", counts) + "\n" + show_counts("held out", heldout_counts))
         trainer = Trainer(
             stage,
+            muon=config.muon and not config.lora.r,
             model=model,
-            args=arguments(RewardConfig, config.train, stage),
+            args=arguments(RewardConfig, config.train, stage, width=model.config.hidden_size),
             train_dataset=dataset,
             eval_dataset=heldout,
             processing_class=tokenizer,
             peft_config=peft_config(config.lora, "SEQ_CLS", model),
         )
-        train(trainer)
-        device = trainer.model.device
-        model = merged(trainer.model, lambda: load_reward_model(config.model, device)[0])
-        if config.center_on == "pairs":
-            rm.centre(model, rm.completions_of(dataset))
-        else:
-            rm.centre(model, rm.samples_of(config.model, learnt["prompt"], config.max_length, config.seed, device))
+        with faster_attention(trainer.accelerator, trainer.model):
+            train(trainer)
+        model = merged(trainer.model, lambda: load_reward_model(config.model, trainer.model.device)[0])
+        asked = config.model, learnt["prompt"], config.max_length, config.seed, model.device
+        rm.centre(model, rm.completions_of(dataset) if config.center_on == "pairs" else rm.samples_of(*asked))
         scores = rm.pair_scores(model, heldout)
         metrics, bins = rm.judge(scores, heldout, judged)
-        others = [rm.pair_scores(load_reward_model(member / "model", device)[0], heldout) for member in members]
+        others = [rm.pair_scores(load_reward_model(member / "model", model.device)[0], heldout) for member in members]
         metrics |= rm.judge_ensemble([scores, *others])
         stage.say(rm.summary(metrics))
         save_model(trainer, model)

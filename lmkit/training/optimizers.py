@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,33 @@ def build_optimizers(
     if hidden:
         optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=weight_decay))
     return optimizers
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimisers as the one that transformers' Trainer takes: stepped, saved and loaded together.
+
+    Groups and state are theirs and no copies, so that a schedule of this one sets their learning rates.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([group for inner in self.optimizers for group in inner.param_groups], {})
+        self._share()
+
+    def step(self, closure: None = None) -> None:
+        """One update of each."""
+        for inner in self.optimizers:
+            inner.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave, to each its part."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for inner in self.optimizers:
+            inner.state, inner.param_groups = self.state, list(itertools.islice(groups, len(inner.param_groups)))
 
 
 def schedule(kind: str, step: int, *, warmup_steps: int, max_steps: int, decay_fraction: float = 0.5) -> float:

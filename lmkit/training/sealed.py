@@ -26,6 +26,8 @@ from lmkit.errors import BadInput, CorruptInput, Interrupted, Stopped
 from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 from lmkit.training.checkpoint import check_finite, num_bytes
+from lmkit.training.loop import mixed_precision
+from lmkit.training.optimizers import Joined, build_optimizers
 
 Sampler = Callable[[], Sequence[Mapping[str, Any]]]
 SHOWN_FIRST = ("loss", "accuracy", "mean_token_accuracy")
@@ -33,18 +35,21 @@ SHOWN_FIRST = ("loss", "accuracy", "mean_token_accuracy")
 UNTRACKED = ("_runtime", "_per_second", "num_tokens", "total_flos", "train_loss", "epoch")
 
 
-def arguments(cls: type, train: dict[str, Any], stage: Stage, max_length: int | None = None) -> Any:
+def arguments(
+    cls: type, train: dict[str, Any], stage: Stage, max_length: int | None = None, width: int | None = None
+) -> Any:
     """The `SFTConfig` or `RewardConfig` of a stage: what fits the device, then `train`, then what the stage decides.
 
     Without a GPU training is in float32 on the CPU; with one that can, in bfloat16. Raises BadInput when the class
     refuses the values, or the launcher asked for shards that these trainers do not share with lmkit. max_length: of a
-    row into which several are packed; rows that are not packed fit already.
+    row into which several are packed; rows that are not packed fit already. width: of a model that trains in bfloat16
+    on a CPU as well, where pretraining would.
     """
     _check_launcher(cls)
     processes.join()  # transformers would wait for a hung process for half an hour on a CPU
     gpu = torch.cuda.is_available()
     device = {
-        "bf16": gpu and torch.cuda.is_bf16_supported() and not train.get("fp16"),
+        "bf16": (gpu or width is not None) and mixed_precision(None, width or 0) == "bf16" and not train.get("fp16"),
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
     }
@@ -80,11 +85,15 @@ def _is_zero3() -> bool:
 
 
 class SealedCheckpoints:
-    """Mixed in before a TRL trainer; the first argument is the stage that the checkpoints and metrics belong to."""
+    """Mixed in before a TRL trainer; the first argument is the stage that the checkpoints and metrics belong to.
 
-    def __init__(self, stage: Stage, **kwargs: Any):
+    muon: hidden matrices learn by Muon and the rest by AdamW, as in pretraining, in place of `train.optim`. DeepSpeed
+        flattens what it trains, so there it is left to `train.optim`.
+    """
+
+    def __init__(self, stage: Stage, *, muon: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
-        self.stage = stage
+        self.stage, self.muon = stage, muon
         self._staging = None
         self.remove_callback(PrinterCallback)
 
@@ -128,6 +137,13 @@ class SealedCheckpoints:
                 f"look at the data; the last checkpoint is in {saved}."
             )
         return norm
+
+    def create_optimizer(self, model=None):
+        if self.muon and self.optimizer is None and not self.is_deepspeed_enabled:
+            args = self.args
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = Joined(build_optimizers(self.model, "muon", args.learning_rate, args.weight_decay, betas))
+        return super().create_optimizer(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Sampling from weights that are not finite would end in a traceback.

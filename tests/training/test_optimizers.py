@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lmkit.training import optimizers
-from lmkit.training.optimizers import Muon, build_optimizers, orthogonalize, schedule
+from lmkit.training.optimizers import Joined, Muon, build_optimizers, orthogonalize, schedule
 
 
 def test_muon_is_torch_muon():
@@ -53,6 +53,32 @@ def test_muon_leaves_a_parameter_without_gradient_alone():
     optimizer.step()
     assert torch.equal(unused, torch.ones(4, 4))
     assert not torch.equal(used, torch.ones(4, 4))
+
+
+def test_joined_optimizers_step_and_load_as_they_do_apart():
+    def started():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        return model, build_optimizers(model, "muon", 0.1, 0.01)
+
+    def go_on(model, optimizers, steps):
+        for step in steps:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = 0.1 / (step + 1)
+            model(torch.full((3, 4), step + 1.0)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    apart = go_on(*started(), range(4))
+    model, optimizers = started()
+    joined = Joined(optimizers)
+    go_on(model, [joined], range(2))
+    saved = joined.state_dict()
+    other = Joined(build_optimizers(model, "muon", 0.5, 0.0))
+    other.load_state_dict(saved)
+    assert torch.equal(go_on(model, [other], range(2, 4)), apart)
 
 
 class Tied(nn.Module):

@@ -76,7 +76,8 @@ def trainer(kind, directory, train_block=TRAIN):
         return SFT(stage, model=model, args=args, train_dataset=rows("input_ids"), **common)
     model = AutoModelForSequenceClassification.from_config(config)
     args = arguments(RewardConfig, train_block | {"disable_dropout": False}, stage)
-    return Reward(stage, model=model, args=args, train_dataset=rows("chosen_ids", "rejected_ids"), **common)
+    common |= {"train_dataset": rows("chosen_ids", "rejected_ids"), "muon": True}
+    return Reward(stage, model=model, args=args, **common)
 
 
 def stop_after(made, step, monkeypatch):
