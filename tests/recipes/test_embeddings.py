@@ -62,11 +62,19 @@ def test_the_same_command_is_skipped_and_cbow_gives_others(nano, vectors, tmp_pa
     assert not torch.equal(load_vectors(other)[0], load_vectors(vectors)[0])
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gpt2", "neural_ngram"])
-def test_a_fresh_model_starts_from_them_at_the_scale_of_its_own(vectors, tokenizer, arch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"arch": arch} for arch in ("qwen3", "llama", "gpt2", "neural_ngram", "rnn", "lstm", "gru", "elmo")),
+        *({"arch": "transformer", "block": block} for block in ({}, {"causal": False}, {"num_encoder_layers": 1})),
+    ],
+    ids=str,
+)
+def test_a_fresh_model_starts_from_them_at_the_scale_of_its_own(vectors, tokenizer, options):
+    config = validate(ModelConfig, {"preset": "nano"} | options)
     torch.manual_seed(0)
-    own = build_model(ModelConfig(preset="nano", arch=arch), tokenizer).get_input_embeddings().weight
-    model = build_model(ModelConfig(preset="nano", arch=arch), tokenizer, vectors)
+    own = build_model(config, tokenizer).get_input_embeddings().weight
+    model = build_model(config, tokenizer, vectors)
     weight, given = model.get_input_embeddings().weight, load_vectors(vectors)[0]
     np.testing.assert_allclose((weight / weight.norm()).detach(), given / given.norm(), atol=1e-6)
     assert weight.std().item() == pytest.approx(own.std().item(), rel=0.05)
