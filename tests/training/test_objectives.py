@@ -57,7 +57,7 @@ def test_15_percent_are_asked_for_of_which_8_in_10_are_hidden():
 
 
 def test_lost_spans_put_back_give_the_text():
-    lengths = []
+    lengths, ends = [], set()
     for position in range(200):
         tokens = np.arange(100, 100 + 1 + position)
         shown, asked = corrupt_spans(tokens, keyed(3, position), range(60))
@@ -68,6 +68,7 @@ def test_lost_spans_put_back_give_the_text():
         back = [t for token in shown.tolist() for t in (parts[token] if token < 60 else [token])]
         assert back == tokens.tolist()
         assert list(parts) == list(range(len(parts)))
+        ends.add((bool(shown[0] < 60), bool(shown[-1] < 60)))
         if position > 100:
             lengths += [len(part) for part in parts.values()]
             assert len(parts) == num_spans(len(tokens))
@@ -76,6 +77,7 @@ def test_lost_spans_put_back_give_the_text():
     assert np.mean(lengths) == pytest.approx(3, abs=0.15)
     assert min(lengths) == 1
     assert max(lengths) > 5
+    assert {first for first, _ in ends} == {last for _, last in ends} == {False, True}, "spans are lost anywhere"
 
 
 @pytest.mark.parametrize(
