@@ -64,10 +64,10 @@ def accuracy(way: str, seed: int, args: argparse.Namespace, data: Path, folder: 
     return read_record(out)["metrics"]["test/accuracy"]
 
 
-def compare_rates(ways: list[str], args: argparse.Namespace, train: Path, folder: Path, config: dict) -> None:
+def compare_rates(rates: dict[str, float], args: argparse.Namespace, train: Path, folder: Path, config: dict) -> None:
     """One line for each way and rate: the mean accuracy on a fifth of `train`, another one for each seed from 10 on."""
-    for way in ways:
-        for rate in (RATES[way] / 3, RATES[way], RATES[way] * 3):
+    for way, middle in rates.items():
+        for rate in (middle / 3, middle, middle * 3):
             found = [accuracy(way, 10 + seed, args, train, folder, rate) for seed in range(args.seeds)]
             emit(f"accuracy_{way}", statistics.mean(found), learning_rate=round(rate, 6), **config)
 
@@ -89,22 +89,24 @@ def run() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shift", type=float, default=0.125)
     parser.add_argument("--flip", action="store_true")
+    parser.add_argument("--rates", default="", help="other learning rates, as in scratch=2e-3,full=3e-3")
     parser.add_argument("--choose", action="store_true", help="compare learning rates, on train alone")
     args = parser.parse_args()
     if args.choose and not (Path(args.data) / "train").is_dir():
         parser.error("--choose: wanted a folder with a folder train, of which a part can judge")
     if args.seeds < 2:
         parser.error("--seeds: an interval needs 2 or more")
+    rates = RATES | {way: float(rate) for way, rate in (word.split("=") for word in args.rates.split(",") if word)}
     ways = ["scratch", *(way for way in args.ways.split(",") if way != "scratch")]
     found: dict[str, list[float]] = {way: [] for way in ways}
     config = {key: str(value) for key, value in vars(args).items() if key != "ways"}
     with tempfile.TemporaryDirectory() as name:
         data = framed_digits(Path(name)) if args.data == "builtin:digits" else Path(args.data)
         if args.choose:
-            return compare_rates(ways, args, data / "train", Path(name), config)
+            return compare_rates({way: rates[way] for way in ways}, args, data / "train", Path(name), config)
         for seed in range(args.seeds):
             for way in ways:
-                found[way].append(accuracy(way, seed, args, data, Path(name), RATES[way]))
+                found[way].append(accuracy(way, seed, args, data, Path(name), rates[way]))
                 emit(f"accuracy_{way}", found[way][-1], seed=seed, **config)
     for way in ways[1:]:
         gains = [one - other for one, other in zip(found[way], found["scratch"])]

@@ -34,13 +34,14 @@ def test_rates_are_chosen_on_other_seeds_and_images(tmp_path, monkeypatch, capsy
         return 0.5
 
     monkeypatch.setattr(transfer, "accuracy", accuracy)
-    words = ["transfer.py", "body", str(tmp_path), "--ways", "full", "--seeds", "2", "--choose"]
+    words = ["transfer.py", "body", str(tmp_path), "--ways", "full", "--seeds", "2", "--choose", "--rates", "full=3e-3"]
     monkeypatch.setattr(sys, "argv", words)
     transfer.run()
     assert {(seed, data) for _, seed, data, _ in asked} == {(10, tmp_path / "train"), (11, tmp_path / "train")}
     rates = [json.loads(line)["config"]["learning_rate"] for line in capsys.readouterr().out.splitlines()]
     assert rates == [rate for way, _, _, rate in asked[::2]]
-    assert len(set(rates)) == 6
+    assert rates[-3:] == [0.001, 0.003, 0.009]
+    assert rates[0] == round(transfer.RATES["scratch"] / 3, 6)
     monkeypatch.setattr(sys, "argv", [*words[:2], "builtin:digits", *words[3:]])
     with pytest.raises(SystemExit):
         transfer.run()
