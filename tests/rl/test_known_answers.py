@@ -78,17 +78,20 @@ def completion_logprobs(model, completions):
 
 
 def train(policy, critic, reward, args, iterations, seed, stops):
-    """PPO by the library's functions alone. Returns the frozen reference."""
+    """PPO by the library's functions alone, in time or one iteration late. Returns the frozen reference."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     model = ActorCritic(policy, critic)
     optimizer, accelerator = make_optimizer(model, args), Accelerator()
     sampling, shuffling = (torch.Generator().manual_seed(seed * 2 + i) for i in range(2))
     size, steps = args.rollout_batch_size, args.num_ppo_epochs * args.num_mini_batches
     options = {"max_new_tokens": LENGTH, "stop_token_ids": stops, "generator": sampling, "batch_size": size}
+    ahead = None
     for iteration in range(iterations):
+        drawn = sample(policy, [[PROMPT]] * size, **options) if ahead is None else ahead
+        ahead = sample(policy, [[PROMPT]] * size, **options) if args.one_step_off_policy else None
         rollout, _ = collect(
             [[PROMPT]] * size,
-            lambda prompts: sample(policy, prompts, **options),
+            lambda prompts, drawn=drawn: drawn,
             lambda *inputs: model(*inputs, 1.0, True),
             lambda *inputs: (target_logprobs(reference, *inputs, 1.0),),
             lambda completions: lambda: torch.tensor([reward(c) for c in completions]),
@@ -126,9 +129,12 @@ def settings(stops, **options):
     return PPOConfig(**(base | {"missing_eos_penalty": 0.5 if stops else 0.0, "temperature": 1.0} | options))
 
 
-def test_ppo_nears_the_exact_optimum():
+@pytest.mark.parametrize("late", [False, True])
+def test_ppo_nears_the_exact_optimum(late):
     """Completions of one to three letters: endings, KL and the missing-EOS penalty must all be accounted for."""
-    gap, variation = distance_from_optimum(0, [STOP], 60, settings([STOP], learning_rate=5e-3), width=16, depth=1)
+    options = {"one_step_off_policy": True, "importance_sampling_cap": 2.0} if late else {}
+    args = settings([STOP], learning_rate=5e-3, **options)
+    gap, variation = distance_from_optimum(0, [STOP], 60, args, width=16, depth=1)
     assert gap <= 0.1
     assert variation <= 0.08
 
