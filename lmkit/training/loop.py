@@ -27,6 +27,7 @@ from lmkit.stage import Stage, latest_checkpoint, rotate
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint, sharding
 from lmkit.training.ema import EMA
+from lmkit.training.memory import keep_freed_pages
 from lmkit.training.mfu import peak_flops
 from lmkit.training.optimizers import build_optimizers, schedule
 from lmkit.training.options import TrainConfig
@@ -91,6 +92,8 @@ def fit(
     """
     if config.gradient_checkpointing:
         _recompute_activations(module)
+    if accelerator.device.type == "cpu":
+        keep_freed_pages()
     compiled = accelerator.device.type == "cuda" if config.torch_compile is None else config.torch_compile
     prepared = sharding.prepare(module, accelerator, compiled)
     betas = (config.adam_beta1, config.adam_beta2)
