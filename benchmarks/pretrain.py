@@ -7,8 +7,8 @@
 
 The peer is ../shared/bench/pretrain_hf.py, which trains 12.19 M parameters (6 layers, width 384, vocabulary 4096, tied)
 on batches of 16 x 256 tokens with fused AdamW. The sides take turns as processes (A B A B ...). lmkit's side is
-`training.loop.fit` with a real stage, the same update in micro-batches of `--micro_batch` rows: the update does not
-depend on them, and the activations of fewer rows stay in cache.
+`training.loop.fit` with a real stage, the same update in micro-batches of 4 rows, compiled of 8 (`--micro_batch`): the
+update does not depend on them, and the activations of fewer rows stay in cache.
 
 Ratios of medians, in wall seconds and in CPU seconds of the process (which a busy machine disturbs least):
 `pretrain_vs_trainer_bf16`, `pretrain_vs_trainer_fp32`. `pretrain_memory_ratio`: the peak above a process that
@@ -26,6 +26,7 @@ from pathlib import Path
 
 PEER = Path(__file__).resolve().parents[2] / "shared" / "bench"
 BATCH, CONTEXT, WARM = 16, 256, 2
+ROWS = {"lmkit": 4, "lmkit_compiled": 8}  # of a micro-batch
 IDLE = {
     "lmkit": "import sys; sys.path[:0] = ['benchmarks']; import pretrain; pretrain.imports()",
     "trainer": "import numpy, torch; from transformers import LlamaForCausalLM, Trainer, TrainingArguments",
@@ -72,10 +73,11 @@ def train(args: argparse.Namespace) -> None:
         meter.start()
         return {}
 
+    rows_at_once = args.micro_batch or ROWS["lmkit_compiled" if args.compile else "lmkit"]
     config = TrainConfig(
         max_steps=WARM + args.steps,
-        per_device_train_batch_size=args.micro_batch,
-        gradient_accumulation_steps=BATCH // args.micro_batch,
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=BATCH // rows_at_once,
         learning_rate=6e-4,
         warmup_steps=1,
         optim="adamw_torch_fused",
@@ -117,13 +119,14 @@ def compare(args: argparse.Namespace) -> None:
     import transformers
 
     facts = {"torch": torch.__version__, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
-    facts |= {"threads": torch.get_num_threads(), "micro_batch": args.micro_batch, "reps": args.reps}
+    rows_of = dict.fromkeys(ROWS, args.micro_batch) if args.micro_batch else ROWS
+    facts |= {"threads": torch.get_num_threads(), "micro_batch": rows_of, "reps": args.reps}
     idle = {side: idle_mb(side) for side in IDLE}
     emit("idle_process", {side: round(mb) for side, mb in idle.items()}, "MiB")
-    ours = [sys.executable, __file__, "--side", "lmkit", "--micro_batch", str(args.micro_batch)]
+    ours = {name: [sys.executable, __file__, "--side", "lmkit", "--micro_batch", str(n)] for name, n in rows_of.items()}
     theirs = [sys.executable, str(PEER / "pretrain_hf.py"), "--impl", "trainer-llama", "--warm", str(WARM)]
-    sides = {"trainer": theirs, "lmkit": ours, "lmkit_compiled": [*ours, "--compile"]}
-    sides["trainer_compiled"] = [*theirs, "--compile"]
+    sides = {"trainer": theirs, "trainer_compiled": [*theirs, "--compile"]}
+    sides |= {"lmkit": ours["lmkit"], "lmkit_compiled": [*ours["lmkit_compiled"], "--compile"]}
     above: dict[tuple[str, str], float] = {}
     for dtype in args.dtypes.split(","):
         rows = {side: [] for side in args.sides.split(",")}
@@ -159,7 +162,7 @@ def main() -> None:
     parser.add_argument("--sides", default="trainer,lmkit,lmkit_compiled")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--micro_batch", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
