@@ -32,7 +32,7 @@ class TrainConfig(Config):
     ema_decay: float | None = setting(None, "decay of averaged weights; empty: none are kept", gt=0, lt=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward: less memory, more time")
     bf16: bool | None = setting(None, "matrix products in bfloat16; empty: where it is faster")
-    torch_compile: bool | None = setting(None, "compile the model; empty: on GPUs")
+    torch_compile: bool | None = setting(None, "compile the model, block by block; empty: on GPUs")
     dataloader_num_workers: int = knob(1, "threads that make batches ready ahead; the data is the same", ge=0)
     logging_steps: int = knob(20, "updates between two rows of metrics.jsonl", gt=0)
     eval_steps: int = knob(100, "updates between two evaluations; there is always one at the end", gt=0)
