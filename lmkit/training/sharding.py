@@ -91,7 +91,7 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
         )
         if torch_compile and blocks(module):
             # The given one stays as it is: evaluation and sampling have other lengths at every turn.
-            module = compile_parts(double_of(module))
+            module = compile_parts(double_of(module.to(accelerator.device)))
         elif torch_compile:
             module.compile(dynamic=False)
         return accelerator.prepare_model(module)
