@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmkit.errors import BadInput
 from lmkit.evaluation.preference import best_of, best_of_kl, component_means, gold_scores, share, wins
 from lmkit.generation.complete import Completion
-from lmkit.models.heads import last_token_scores
+from lmkit.models.heads import completion_scores
 
 Answers = Mapping[str, Sequence[Completion]]
 
@@ -45,7 +45,8 @@ def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, completions
 
 def model_scores(model: PreTrainedModel, completions: Sequence[Completion]) -> np.ndarray:
     """A reward model's centred score of each completion, read at its last token: [N]."""
-    return last_token_scores(model, [c.prompt_ids + c.ids for c in completions]).double().numpy()
+    scores = completion_scores(model, [c.prompt_ids for c in completions], [c.ids for c in completions])
+    return scores.double().numpy()
 
 
 def shape_metrics(answers: Answers) -> dict[str, float]:

@@ -47,7 +47,7 @@ def gold(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
 
 
 def _reward_model_scorer(path: Path, device: Any) -> Scorer:
-    from lmkit.models.heads import last_token_scores
+    from lmkit.models.heads import completion_scores
     from lmkit.models.load import load_reward_model
     from lmkit.tokenization.chat import render
 
@@ -55,7 +55,7 @@ def _reward_model_scorer(path: Path, device: Any) -> Scorer:
 
     def score(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         parts = [render(tokenizer, prompt, completion) for prompt, completion in zip(prompts, completions)]
-        return last_token_scores(model, [prompt + completion for prompt, completion in parts]).tolist()
+        return completion_scores(model, *map(list, zip(*parts))).tolist()
 
     return score
 

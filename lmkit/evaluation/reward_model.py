@@ -3,6 +3,7 @@
 Pairs are what `lmkit.data.encode.encode_pairs` gives; their scores are one array [2, P], chosen and rejected.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from lmkit.errors import BadInput
 from lmkit.evaluation.preference import calibration, correlation, is_weak, member_agreement, share, wins
 from lmkit.generation.complete import complete
-from lmkit.models.heads import last_token_scores
+from lmkit.models.heads import completion_scores, last_token_scores
 from lmkit.models.load import load_language_model
 from lmkit.tokenization.chat import render
 
@@ -58,8 +59,17 @@ def samples_of(
 
 def pair_scores(model: PreTrainedModel, pairs: Dataset) -> np.ndarray:
     """Scores of the chosen and the rejected completions: float64 [2, P]."""
-    sequences = [list(ids) for side in SIDES for ids in pairs[f"{side}_ids"]]
-    return last_token_scores(model, sequences).double().numpy().reshape(2, -1)
+    sides = [[list(ids) for ids in pairs[f"{side}_ids"]] for side in SIDES]
+    # The prompt, and where both begin alike more than it; a token of each is left to be scored.
+    shared = [min(_alike(*both), len(both[0]) - 1, len(both[1]) - 1) for both in zip(*sides)]
+    prompts = [ids[:end] for side in sides for ids, end in zip(side, shared)]
+    rests = [ids[end:] for side in sides for ids, end in zip(side, shared)]
+    return completion_scores(model, prompts, rests).double().numpy().reshape(2, -1)
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(one, other)))
 
 
 def judge(scores: np.ndarray, pairs: Dataset, rows: Dataset) -> tuple[dict[str, float], list[dict[str, float]]]:

@@ -114,12 +114,13 @@ def faster_attention(accelerator: Accelerator, *models: PreTrainedModel) -> Iter
     """
     with contextlib.ExitStack() as stack:
         for model in models:
-            if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and _is_plain(model):
+            if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and is_plain(model):
                 stack.enter_context(packed_attention(model))
         yield
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether the model attends by the plain causal attention of transformers in all layers."""
     config = model.config.get_text_config()
     others = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping")
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])

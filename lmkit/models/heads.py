@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel
+
+from lmkit.models.attention import is_plain
+
+# How many times fewer tokens make up for a second pass: with 1.19 times fewer, scoring took 0.89 of the time.
+SHARING_PAYS = 1.15
 
 
 class ValueHead(nn.Module):
@@ -48,8 +53,12 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
             "with num_labels=1."
         )
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    scores = project(hidden, head.weight) - getattr(model.config, "score_mean", 0.0)
-    return scores if head.bias is None else scores + head.bias.float()
+    return _centred(model, hidden)
+
+
+def _centred(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    scores = project(hidden, model.score.weight) - getattr(model.config, "score_mean", 0.0)
+    return scores if model.score.bias is None else scores + model.score.bias.float()
 
 
 @torch.no_grad()
@@ -73,6 +82,52 @@ def last_token_scores(model: PreTrainedModel, sequences: list[list[int]], batch_
         scores[rows] = batch.cpu()
     model.train(training)
     return scores
+
+
+@torch.no_grad()
+def completion_scores(
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], batch_size: int = 64
+) -> Tensor:
+    """The score at the last token of each completion behind its prompt: float32 [N], on the CPU, in the order given.
+
+    Where completions share prompts to the extent that it pays, the backbone runs once over each prompt of a batch, and
+    the completions go on from its keys and values. Elsewhere, and for models that are no plain causal Transformer of
+    transformers, these are the `last_token_scores` of the whole sequences, to which they are equal but for rounding.
+    """
+    sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    once = sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(map(len, completions))
+    stock = type(model).__module__.startswith("transformers.") and is_plain(model)
+    if sum(map(len, sequences)) < SHARING_PAYS * once or not (stock and all(prompts) and all(completions)):
+        return last_token_scores(model, sequences, batch_size)
+    scores = torch.empty(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row], len(completions[row])))
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        scores[rows] = _scores_behind_prompts(model, [prompts[r] for r in rows], [completions[r] for r in rows]).cpu()
+    model.train(training)
+    return scores
+
+
+def _scores_behind_prompts(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Scores [N] of completions; each different prompt is run once, left-padded so that all end in one place."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    which = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in numbers], device=model.device)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in numbers], batch_first=True, padding_side="left")
+    width = ids.shape[1]
+    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]  # [prompts, P], True at real tokens
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    seen = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+    model.base_model(input_ids=ids.to(model.device), attention_mask=mask.long(), position_ids=places, **seen)
+    seen["past_key_values"].batch_select_indices(which)
+    ids = pad_sequence([torch.tensor(completion) for completion in completions], batch_first=True).to(model.device)
+    mask = torch.cat([mask[which], torch.ones_like(ids, dtype=torch.bool)], dim=1).long()
+    places = lengths[which, None] + torch.arange(ids.shape[1], device=model.device)
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, **seen).last_hidden_state
+    last = torch.tensor([len(completion) - 1 for completion in completions], device=model.device)
+    return _centred(model, hidden[torch.arange(len(last), device=model.device), last])
 
 
 def value_model_from(reward_model: PreTrainedModel) -> PreTrainedModel:

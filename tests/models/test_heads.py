@@ -13,7 +13,14 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from lmkit.models.heads import ValueHead, classifier_from, last_token_scores, token_scores, value_model_from
+from lmkit.models.heads import (
+    ValueHead,
+    classifier_from,
+    completion_scores,
+    last_token_scores,
+    token_scores,
+    value_model_from,
+)
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_labels": 1, "initializer_range": 0.3}
@@ -74,6 +81,49 @@ def test_scoring_keeps_the_mode_and_makes_no_graph(model, sequences):
     model.train()
     assert not last_token_scores(model, sequences).requires_grad
     assert model.training
+
+
+def ids_of(*lengths):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 50, (n,), generator=generator).tolist() for n in lengths]  # 0 is the pad id
+
+
+def tokens_run(model, monkeypatch):
+    """A list that collects the shapes of what the backbone is given."""
+    shapes, forward = [], model.base_model.forward
+    keep = lambda *args, **kwargs: shapes.append(tuple(kwargs["input_ids"].shape)) or forward(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(model.base_model, "forward", keep)
+    return shapes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_shared_prompt_is_run_once_and_changes_no_score(model, batch_size, monkeypatch):
+    first, second, third = ids_of(12, 7, 12)
+    prompts = [first, second, first, third, first, second, third]
+    completions = ids_of(3, 1, 5, 2, 4, 4, 1)
+    model.config.score_mean = 0.5
+    apart = last_token_scores(model, [p + c for p, c in zip(prompts, completions)])
+    shapes = tokens_run(model, monkeypatch)
+    model.train()
+    together = completion_scores(model, prompts, completions, batch_size)
+    assert model.training
+    assert torch.allclose(together, apart, atol=1e-5)
+    if batch_size == 64:
+        assert shapes == [(3, 12), (7, 5)]
+
+
+def test_prompts_that_are_not_shared_are_scored_with_their_completions(model, monkeypatch):
+    prompts, completions = ids_of(12, 7, 12), ids_of(3, 1, 5)
+    shapes = tokens_run(model, monkeypatch)
+    scores = completion_scores(model, prompts, completions)
+    assert shapes == [(3, 17)]
+    assert torch.equal(scores, last_token_scores(model, [p + c for p, c in zip(prompts, completions)]))
+
+
+def test_an_empty_completion_or_prompt_is_scored_whole(model):
+    prompts, completions = [[1, 2, 3, 4]] * 3 + [[]], [[5], [], [6], [7]]
+    expected = last_token_scores(model, [p + c for p, c in zip(prompts, completions)])
+    assert torch.equal(completion_scores(model, prompts, completions), expected)
 
 
 def test_empty_sequence_is_named(model):
