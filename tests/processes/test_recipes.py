@@ -16,7 +16,7 @@ from tests.processes.worlds import recipe, with_deepspeed
 
 # Newton-Schulz in bfloat16 makes 2^-9 of an update of the least difference; tests of the loop have it in float32.
 MUON = 5e-3
-STAGES = {"pretrain": (2, MUON), "sft": (2, 1e-5), "reward": (1, 1e-4)}
+STAGES = {"pretrain": (2, MUON), "sft": (2, 1e-5), "reward": (1, MUON)}
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,22 @@ def test_two_processes_make_the_model_of_one(worlds, chain, tmp_path, stage):
 @pytest.mark.parametrize(("stage", "config"), [("sft", "zero2.yaml"), ("sft", "zero3.yaml"), ("reward", "zero2.yaml")])
 def test_deepspeed_makes_the_model_of_one_and_goes_on_from_its_checkpoint(worlds, chain, tmp_path, stage, config):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -e .[deepspeed]")
-    per_device, tolerance = STAGES[stage]
-    flags = ["--config", chain / "configs" / f"{stage}.yaml", "--train.per_device_train_batch_size", per_device]
+    section, one = ["--config", chain / "configs" / f"{stage}.yaml"], chain / "chain" / stage
+    if stage == "reward":  # DeepSpeed has optimizers of its own, and no Muon
+        one = tmp_path / "one"
+        worlds.run(1, recipe, stage, *section, "--muon=false", "--output_dir", one)
+    flags = [*section, "--train.per_device_train_batch_size", STAGES[stage][0]]
     options = {"config": config, "ACCELERATE_USE_CPU": "false", "ACCELERATE_MIXED_PRECISION": "no"}
     for name in ("whole", "parts"):  # the second goes on from the first checkpoint of the first
         worlds.run(2, with_deepspeed, stage, *flags, "--output_dir", tmp_path / name, **options)
-        assert close(tmp_path / name / "model", chain / "chain" / stage / "model", tolerance)
+        assert close(tmp_path / name / "model", one / "model", 1e-4)
         if name == "whole":
             first = min((tmp_path / "whole" / "checkpoints").iterdir())
             assert list(first.glob("global_step*"))  # what DeepSpeed alone writes
             shutil.copytree(first, tmp_path / "parts" / "checkpoints" / first.name)
     steps = [column(tmp_path / name, "step")[0] for name in ("whole", "parts")]
     assert steps[0] < steps[1]
-    wanted = column(chain / "chain" / stage, "loss")
-    assert column(tmp_path / "whole", "loss") == pytest.approx(wanted, rel=1e-3)
+    assert column(tmp_path / "whole", "loss") == pytest.approx(column(one, "loss"), rel=1e-3)
 
 
 def test_rows_that_do_not_fill_a_batch_of_all_processes(worlds, chain, tmp_path):
