@@ -48,22 +48,25 @@ class StageConfig(Config):
 
 
 def parse_flags(argv: list[str], switches: set[str] = frozenset()) -> dict[str, Any]:
-    """Flags as a nested mapping; values are YAML scalars or flow collections. A flag in `switches` takes no value.
+    """Flags as a nested mapping; values are YAML scalars or flow collections. A flag in `switches` may stand without.
 
     >>> parse_flags(["--train.learning_rate", "1e-3", "--seed=2", "--dry-run"], {"dry_run"})
     {'train': {'learning_rate': 0.001}, 'seed': 2, 'dry_run': True}
     """
     mapping: dict[str, Any] = {}
-    words = iter(argv)
-    for word in words:
+    words = list(reversed(argv))
+    while words:
+        word = words.pop()
         flag, equals, text = word.partition("=")
         if not flag.startswith("--") or not flag[2:]:
             raise BadInput(f"{word!r} is not a flag. Flags are --name value or --section.name value.")
         *sections, key = flag[2:].replace("-", "_").split(".")
-        if not equals and key in switches and not sections:
+        if not equals and key in switches and not sections and (not words or words[-1].startswith("--")):
             text = "true"
-        elif not equals and (text := next(words, None)) is None:
+        elif not equals and not words:
             raise BadInput(f"{flag} needs a value, as in `{flag} VALUE`.")
+        elif not equals:
+            text = words.pop()
         inner = mapping
         for section in sections:
             inner = inner.setdefault(section, {})

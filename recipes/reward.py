@@ -10,7 +10,7 @@ Writes  output_dir/model: a sequence-classification model with one label, centre
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from lmkit.config import StageConfig, knob, setting, source
 from lmkit.stage import Stage, run
@@ -51,7 +51,9 @@ class RewardStageConfig(StageConfig):
 
     @field_validator("train")
     @classmethod
-    def _known(cls, train: dict) -> dict:
+    def _known(cls, train: dict, others: ValidationInfo) -> dict:
+        if "optim" in train and others.data.get("muon") and not others.data["lora"].r:
+            raise ValueError(f"optim {train['optim']}: not read, since matrices learn by Muon. Set muon false")
         return check_train_block(train, "RewardConfig")
 
 

@@ -17,6 +17,7 @@ class Example(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/example"), "where to write")
     train: Train = Train(max_steps=30)
     passed_on: dict = setting({"optim": "adamw", "bf16": False}, "keys for another library")
+    dry_run: bool = knob(False, "only says what it would do")
 
 
 def test_flags_over_file_over_defaults(tmp_path):
@@ -27,6 +28,21 @@ def test_flags_over_file_over_defaults(tmp_path):
     # A section given in part keeps the recipe's own default (30), not the section class's (10).
     assert config.train == Train(learning_rate=5e-4, max_steps=30)
     assert config.passed_on == {"optim": "sgd", "bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--dry-run"], True),
+        (["--dry-run", "--seed", "1"], True),
+        (["--dry_run", "false"], False),
+        (["--dry_run", "true", "--seed", "1"], True),
+        (["--dry_run=false"], False),
+    ],
+)
+def test_a_switch_stands_alone_or_with_its_value(argv, wanted):
+    config = load(Example, argv)
+    assert (config.dry_run, config.seed) == (wanted, int("--seed" in argv))
 
 
 def test_every_mistake_is_reported_at_once_with_the_near_name():

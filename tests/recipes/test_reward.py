@@ -160,3 +160,7 @@ def test_pairs_that_do_not_fit_and_unknown_options_are_bad_input(nano, data, tmp
         main(config(nano, data, tmp_path / "reward", max_length=15))
     with pytest.raises(BadInput, match=r"center_reward_coefficient(.|\n)*Did you mean center_rewards_coefficient"):
         load(RewardStageConfig, ["--train.center_reward_coefficient", "0.1"])
+    with pytest.raises(BadInput, match="optim sgd: not read, since matrices learn by Muon"):
+        load(RewardStageConfig, ["--train.optim", "sgd"])
+    load(RewardStageConfig, ["--train.optim", "sgd", "--muon", "false"])
+    load(RewardStageConfig, ["--train.optim", "sgd", "--lora.r", "4"])
