@@ -58,6 +58,6 @@ def test_the_ids_are_equal_everywhere(tokenizer, prompt, completion, monkeypatch
 
     scored = []
     monkeypatch.setattr(load, "load_reward_model", lambda path, device: (None, tokenizer))
-    monkeypatch.setattr(heads, "last_token_scores", lambda model, ids: scored.extend(ids) or torch.zeros(len(ids)))
+    monkeypatch.setattr(heads, "last_token_scores", lambda model, ids, _: scored.extend(ids) or torch.zeros(len(ids)))
     label.scorer(str(tmp_path))([prompt], [completion])
     assert scored == [whole]
