@@ -6,7 +6,6 @@ import pytest
 from safetensors.torch import load_file
 from torch import allclose
 
-from tests.faults.harness import Harness
 from tests.processes.worlds import recipe
 
 MODELS = {
@@ -18,17 +17,18 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def section(tmp_path_factory):
-    """The pretrain section of a chain whose tokenizer is made."""
-    made = Harness(tmp_path_factory.mktemp("chain"))
-    made.make_chain(["tokenizer", "pretrain"])
-    return made.folder / "configs" / "pretrain.yaml"
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_two_processes_learn_an_objective_as_one_does(worlds, section, tmp_path, name):
-    flags = ["--config", section, "--objective", name.split(",")[0], "--packing", "stream", "--train.max_steps", 4]
+def test_two_processes_learn_an_objective_as_one_does(worlds, chain, tmp_path, name):
+    flags = [
+        "--config",
+        chain / "configs/pretrain.yaml",
+        "--objective",
+        name.split(",")[0],
+        "--packing",
+        "stream",
+        "--train.max_steps",
+        4,
+    ]
     flags += ["--model", json.dumps({"preset": "nano", "context_length": 96} | MODELS[name])]
     flags += ["--train.optim", "adamw_torch_fused", "--validation_tokens", 300, "--ngram_orders", "[2]"]
     rows = {}

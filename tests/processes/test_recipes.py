@@ -11,20 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.faults.harness import ROOT, Harness
+from tests.faults.harness import ROOT
 from tests.processes.worlds import recipe, with_deepspeed
 
 # Newton-Schulz in bfloat16 makes 2^-9 of an update of the least difference; tests of the loop have it in float32.
 MUON = 5e-3
 STAGES = {"pretrain": (2, MUON), "sft": (2, 1e-5), "reward": (1, MUON)}
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """Every stage up to PPO in one process, and their sections in configs/."""
-    made = Harness(tmp_path_factory.mktemp("chain"))
-    made.make_chain(["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo"])
-    return made.folder
 
 
 def close(found, wanted, tolerance):
