@@ -19,16 +19,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_learn_an_objective_as_one_does(worlds, chain, tmp_path, name):
-    flags = [
-        "--config",
-        chain / "configs/pretrain.yaml",
-        "--objective",
-        name.split(",")[0],
-        "--packing",
-        "stream",
-        "--train.max_steps",
-        4,
-    ]
+    flags = ["--config", chain / "configs/pretrain.yaml", "--objective", name.split(",")[0]]
+    flags += ["--packing", "stream", "--train.max_steps", 4]
     flags += ["--model", json.dumps({"preset": "nano", "context_length": 96} | MODELS[name])]
     flags += ["--train.optim", "adamw_torch_fused", "--validation_tokens", 300, "--ngram_orders", "[2]"]
     rows = {}
