@@ -82,112 +82,125 @@ def page() -> tuple[bytes, str]:
     return text.encode(), f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def make_server(session: Session, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
-    """A server on 127.0.0.1 (a free port for 0), not yet running, and the link to open; BadInput for a taken port."""
-    token, (html, policy) = secrets.token_urlsafe(24), page()
+class Server(ThreadingHTTPServer):
+    """A session's page on 127.0.0.1 (a free port for 0), not yet served; BadInput for a taken port."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 60
+    def __init__(self, session: Session, port: int = 0):
+        self.session, self.token, (self.html, self.policy) = session, secrets.token_urlsafe(24), page()
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise BadInput(
+                f"port {port} of 127.0.0.1 cannot be used ({error.strerror}). Pass another --port."
+            ) from None
 
-        def do_GET(self) -> None:
-            if self.refused():
+    @property
+    def link(self) -> str:
+        """What to open: the page, and the token that lets it ask."""
+        return f"http://127.0.0.1:{self.server_port}/#{self.token}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: let in or refused, answered."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        if self.refused():
+            return
+        if self.path == "/":
+            self.reply(200, self.server.html, "text/html; charset=utf-8")
+        elif self.path == "/state":
+            if self.with_token():
+                self.reply(200, self.server.session.state())
+        else:
+            self.reply(404, {"error": "there is only / here"})
+
+    def do_POST(self) -> None:
+        if self.refused() or not self.with_token():
+            return
+        session, request = self.server.session, self.body()
+        if request is None or request.get("pair") not in session.pairs:
+            self.reply(400, {"error": "no pair of this file"})
+            return
+        pair, side, seconds = request["pair"], request.get("side"), request.get("seconds", 0)
+        try:
+            if self.path == "/undo":
+                session.undo(pair)
+            elif self.path != "/answer" or side not in ("left", "right", "tie", "skip"):
+                self.reply(400, {"error": "wanted /undo, or /answer with left, right, tie or skip"})
                 return
-            if self.path == "/":
-                self.reply(200, html, "text/html; charset=utf-8")
-            elif self.path == "/state":
-                if self.with_token():
-                    self.reply(200, session.state())
-            else:
-                self.reply(404, {"error": "there is only / here"})
-
-        def do_POST(self) -> None:
-            if self.refused() or not self.with_token():
+            elif not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
+                self.reply(400, {"error": "wanted seconds as a number"})
                 return
-            request = self.body()
-            if request is None or request.get("pair") not in session.pairs:
-                self.reply(400, {"error": "no pair of this file"})
+            elif not session.answer(pair, side, seconds):
+                self.reply(409, session.state() | {"error": "this pair has another answer already, which is kept"})
                 return
-            pair, side, seconds = request["pair"], request.get("side"), request.get("seconds", 0)
-            try:
-                if self.path == "/undo":
-                    session.undo(pair)
-                elif self.path != "/answer" or side not in ("left", "right", "tie", "skip"):
-                    self.reply(400, {"error": "wanted /undo, or /answer with left, right, tie or skip"})
-                    return
-                elif not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
-                    self.reply(400, {"error": "wanted seconds as a number"})
-                    return
-                elif not session.answer(pair, side, seconds):
-                    self.reply(409, session.state() | {"error": "this pair has another answer already, which is kept"})
-                    return
-            except OSError as error:
-                self.reply(507, {"error": f"the answer could not be saved: {error}"})
-                return
-            self.reply(200, session.state())
+        except OSError as error:
+            self.reply(507, {"error": f"the answer could not be saved: {error}"})
+            return
+        self.reply(200, session.state())
 
-        def refused(self) -> bool:
-            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-            strange = not LOCAL.fullmatch(host) or (origin is not None and origin != f"http://{host}")
-            if strange or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-                self.reply(403, {"error": "only this page, on this machine, may ask"})
-                return True
-            return False
+    def refused(self) -> bool:
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        strange = not LOCAL.fullmatch(host) or (origin is not None and origin != f"http://{host}")
+        if strange or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            self.reply(403, {"error": "only this page, on this machine, may ask"})
+            return True
+        return False
 
-        def with_token(self) -> bool:
-            if hmac.compare_digest(self.headers.get(TOKEN, "").encode(), token.encode()):
-                return True
-            self.reply(401, {"error": "the link is an old one; open the link that `lmkit label` printed last"})
-            return False
+    def with_token(self) -> bool:
+        if hmac.compare_digest(self.headers.get(TOKEN, "").encode(), self.server.token.encode()):
+            return True
+        self.reply(401, {"error": "the link is an old one; open the link that `lmkit label` printed last"})
+        return False
 
-        def body(self) -> dict | None:
-            length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-                return None
-            try:
-                request = json.loads(self.rfile.read(int(length)))
-            except ValueError:
-                return None
-            return request if isinstance(request, dict) and isinstance(request.get("pair"), str) else None
+    def body(self) -> dict | None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+            return None
+        try:
+            request = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            return None
+        return request if isinstance(request, dict) and isinstance(request.get("pair"), str) else None
 
-        def reply(self, status: int, content: Any, kind: str = "application/json") -> None:
-            content = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": kind,
-                "Content-Length": str(len(content)),
-                "Content-Security-Policy": policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cross-Origin-Resource-Policy": "same-origin",
-                "Cache-Control": "no-store",
-            }.items():
-                self.send_header(name, value)
-            if status != 200:  # what is left of the request was not read
-                self.send_header("Connection", "close")
-                self.close_connection = True
-            self.end_headers()
-            self.wfile.write(content)
+    def reply(self, status: int, content: Any, kind: str = "application/json") -> None:
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Content-Security-Policy": self.server.policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }.items():
+            self.send_header(name, value)
+        if status != 200:  # what is left of the request was not read
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(content)
 
-        def version_string(self) -> str:
-            return "lmkit"
+    def version_string(self) -> str:
+        return "lmkit"
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise BadInput(f"port {port} of 127.0.0.1 cannot be used ({error.strerror}). Pass another --port.") from None
-    server.daemon_threads = True
-    return server, f"http://127.0.0.1:{server.server_port}/#{token}"
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def serve(path: Path, annotator: str, port: int) -> None:
     """Serves the page until Ctrl-C."""
     session = Session(path, annotator)
-    server, link = make_server(session, port)
-    print(f"{len(session.pairs)} pairs, {session.num_answered} answered by {annotator}. Open\n\n  {link}\n", flush=True)
+    server = Server(session, port)
+    print(
+        f"{len(session.pairs)} pairs, {session.num_answered} answered by {annotator}. Open\n\n  {server.link}\n",
+        flush=True,
+    )
     print(f"Answers go to {session.answers.path}; Ctrl-C ends.", flush=True)
     try:
         server.serve_forever()

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from lmkit.errors import BadInput
-from lmkit.label.server import TOKEN, Session, make_server
+from lmkit.label.server import TOKEN, Server, Session
 from lmkit.label.store import answers_path, is_swapped, read_answers, read_pairs
 
 
@@ -18,9 +18,9 @@ from lmkit.label.store import answers_path, is_swapped, read_answers, read_pairs
 def served(pairs):
     """A session, and a function (method, path, headers, body) -> (status, headers, content) that asks its server."""
     session = Session(pairs, "anna")
-    server, link = make_server(session)
+    server = Server(session)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    port, token = server.server_port, link.partition("#")[2]
+    port, token = server.server_port, server.link.partition("#")[2]
 
     def ask(method, path, body=None, host=None, token=token, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_told(served, monkeypatch):
 
 def test_a_taken_port(served):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BadInput, match="Pass another --port"):
-        make_server(served[0], taken.getsockname()[1])
+        Server(served[0], taken.getsockname()[1])
 
 
 def test_a_killed_server_loses_nothing(label, pairs):
