@@ -23,6 +23,22 @@ BLOCK = {"positions": "alibi", "norm_placement": "sandwich", "norm": "layernorm"
 MODELS = {"lstm": {"arch": "lstm"}, "transformer": {"arch": "transformer", "block": BLOCK}}
 
 
+@pytest.fixture
+def write_fresh(nano, tmp_path):
+    """A function that writes a model of the nano size that has learnt nothing to tmp_path/model, and gives it."""
+
+    def write(context_length, **options):
+        torch.manual_seed(0)
+        tokenizer = load_tokenizer(nano / "model")
+        config = validate(ModelConfig, {"preset": "nano", "context_length": context_length} | options)
+        fresh = build_model(config, tokenizer)
+        for part in (fresh, tokenizer):
+            part.save_pretrained(tmp_path / "model")
+        return fresh
+
+    return write
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_whole_chain_runs(name, tmp_path):
@@ -41,17 +57,13 @@ def test_the_whole_chain_runs(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sft_reward_and_ppo_take_over_from_each_other(name, nano, tmp_path):
+def test_sft_reward_and_ppo_take_over_from_each_other(name, nano, tmp_path, write_fresh):
     """What the chain does, in one process and with a model that has learnt nothing."""
     import ppo
     import reward
     import sft
 
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(nano / "model")
-    fresh = build_model(validate(ModelConfig, {"preset": "nano", "context_length": 256} | MODELS[name]), tokenizer)
-    for part in (fresh, tokenizer):
-        part.save_pretrained(tmp_path / "model")
+    fresh = write_fresh(256, **MODELS[name])
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
     settings = {"output_dir": tmp_path / "sft", "model": tmp_path / "model", "data": str(nano / "sft.jsonl")}
     sft.main(sft.SFTStageConfig(**settings, train=sft.TRAIN | few))
@@ -112,14 +124,10 @@ def test_pretraining_by_another_objective_stops_and_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["masked", "span_corruption"])
-def test_a_model_that_writes_no_text_is_gone_on_with(nano, tmp_path, name):
+def test_a_model_that_writes_no_text_is_gone_on_with(nano, tmp_path, name, write_fresh):
     import pretrain
 
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(nano / "model")
-    fresh = build_model(validate(ModelConfig, {"preset": "nano", "context_length": 96} | OBJECTIVES[name]), tokenizer)
-    for part in (fresh, tokenizer):
-        part.save_pretrained(tmp_path / "model")
+    fresh = write_fresh(96, **OBJECTIVES[name])
     train = {"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 2, "optim": "adamw_torch_fused"}
     settings = {"shards": nano / "shards", "tokenizer": nano / "model", "validation_tokens": 300, "train": train}
     settings |= {"model": {"preset": "nano", "context_length": 96}, "init_from": str(tmp_path / "model")}

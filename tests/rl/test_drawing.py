@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import threading
 
 import pytest
@@ -15,6 +14,7 @@ from lmkit.rl.actor_critic import target_logprobs
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.trainer import PPOTrainer
 from tests.generation import vllm_standin
+from tests.rl.runs import logged, state
 
 ROWS = Dataset.from_dict({"prompt": [" ".join(f"w{(i * k) % 20}" for k in range(1, 3 + i % 4)) for i in range(10)]})
 AHEAD = {"one_step_off_policy": True, "importance_sampling_cap": 2.0}
@@ -51,15 +51,6 @@ def serve(make_policy):
     with contextlib.ExitStack() as stack:
         stack.enter_context(vllm_standin.installed())
         yield lambda **options: stack.enter_context(vllm_standin.Server(make_policy(), **options))
-
-
-def state(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.actor_critic.parameters()])
-
-
-def logged(trainer, timed=("seconds", "time/", "perf/", "tokens_per_second")):
-    rows = [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def recorded(trainer):

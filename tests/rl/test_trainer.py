@@ -10,6 +10,7 @@ from lmkit.models.heads import ValueHead, token_scores
 from lmkit.rl.actor_critic import target_logprobs
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.trainer import PPOTrainer
+from tests.rl.runs import logged, state
 
 ROWS = [{"prompt": " ".join(f"w{(i * k) % 20}" for k in range(1, 3 + i % 4)), "wanted": f"w{i % 5}"} for i in range(10)]
 OPTIONS = {"rollout_batch_size": 8, "per_device_train_batch_size": 3, "num_ppo_epochs": 2, "num_mini_batches": 2}
@@ -39,15 +40,6 @@ def make(make_policy, tokenizer, tmp_path):
         )
 
     return build
-
-
-def state(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.actor_critic.parameters()])
-
-
-def logged(trainer, timed=("seconds", "time/", "perf/", "tokens_per_second")):
-    rows = [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def test_the_reward_rises(make):

@@ -1,7 +1,6 @@
 """Every mode of the trainer stops and goes on to the bit, and does what its option says."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lmkit.rl.config import PPOConfig
 from lmkit.rl.ptx import Demonstrations
 from lmkit.rl.trainer import PPOTrainer
 from lmkit.training import checkpoint
+from tests.rl.runs import logged, state
 
 ROWS = Dataset.from_dict({"prompt": [" ".join(f"w{(i * k) % 20}" for k in range(1, 3 + i % 4)) for i in range(10)]})
 HELD = Dataset.from_dict({"prompt": ["w1 w2", "w3", "w4 w5 w6"]})
@@ -43,16 +43,6 @@ def make(make_policy, tokenizer, tmp_path):
 @pytest.fixture
 def text(tokenizer):
     return encode_demonstrations(Dataset.from_list(TEXT), tokenizer, 64)[0]
-
-
-def state(trainer):
-    parts = [trainer.actor_critic] + ([trainer.roles.reference] if trainer.roles.reference is not None else [])
-    return torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
-
-
-def logged(trainer, timed=("seconds", "time/", "perf/", "tokens_per_second")):
-    rows = [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 MODES = {

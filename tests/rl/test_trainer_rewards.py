@@ -1,7 +1,6 @@
 """The trainer with its rewards and its sampler: what several rewards, stop strings and another engine do to a run."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lmkit.rl.config import PPOConfig
 from lmkit.rl.losses import importance_weights
 from lmkit.rl.trainer import PPOTrainer
 from lmkit.stage import latest_checkpoint
+from tests.rl.runs import logged, state
 
 ROWS = [{"prompt": f"w{i} w{(3 * i) % 20}", "wanted": f"w{i % 5}"} for i in range(10)]
 OPTIONS = {"rollout_batch_size": 8, "per_device_train_batch_size": 3, "num_ppo_epochs": 1, "num_mini_batches": 2}
@@ -45,20 +45,12 @@ def make(policy, make_policy, tokenizer, tmp_path):
     return build
 
 
-def state(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.actor_critic.parameters()])
-
-
-def rows(trainer):
-    return [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_normalised_scores_are_learnt_from_and_raw_ones_shown(make):
     plain = make("plain", reward=hundreds)
     scaled = make("scaled", reward=hundreds, use_score_norm=True, score_clip=1.0)
     plain.train(), scaled.train()
-    assert rows(plain)[0]["objective/scores"] == rows(scaled)[0]["objective/scores"] >= 100
-    assert rows(scaled)[0]["loss/value_avg"] < 10 < 100 < rows(plain)[0]["loss/value_avg"]
+    assert logged(plain)[0]["objective/scores"] == logged(scaled)[0]["objective/scores"] >= 100
+    assert logged(scaled)[0]["loss/value_avg"] < 10 < 100 < logged(plain)[0]["loss/value_avg"]
 
 
 def test_running_statistics_are_resumed_to_the_bit(make):
@@ -78,7 +70,7 @@ def test_running_statistics_are_resumed_to_the_bit(make):
 def test_several_rewards_are_each_reported(make):
     trainer = make(reward=[count_wanted, hundreds], reward_weights=[2.0, 0.0])
     trainer.train()
-    last = rows(trainer)[-1]
+    last = logged(trainer)[-1]
     assert last["objective/scores"] == pytest.approx(2 * last["reward/count_wanted_mean"])
     assert last["reward/hundreds_mean"] > 100
     assert last["reward/hundreds_std"] >= 0
@@ -117,7 +109,7 @@ def test_a_stop_string_ends_completions_and_is_not_shown_to_the_reward(make):
     assert any("w1" in text for text in shown[8:])
     assert not any("w1" in text for text in texts)
     assert texts == [text.split("w1")[0] for text in shown[8:]]
-    assert rows(trainer)[0]["rollout/eos_rate"] > rows(free)[0]["rollout/eos_rate"]
+    assert logged(trainer)[0]["rollout/eos_rate"] > logged(free)[0]["rollout/eos_rate"]
 
 
 def test_another_engines_mismatch_is_measured_and_weighed(make, monkeypatch):
