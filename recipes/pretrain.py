@@ -105,12 +105,12 @@ def main(config: PretrainConfig) -> Path:
             metrics = loop.fit(CausalLMLoss(model, config.z_loss), *objective.reading(data), train, **options)
         if accelerator.is_main_process:
             metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
-            lines = baselines(data.corpora[0].tokens, held_out.tokens, tokenizer, config.ngram_orders)
-            stage.say(f"pretrain: {verdict(metrics, lines)}\nsample: {options['sample']()[0]['completion']}")
             save("model")
             if ema:
                 with ema.applied():
                     save("model_ema")
+            lines = baselines(data.corpora[0].tokens, held_out.tokens, tokenizer, config.ngram_orders)
+            stage.say(f"pretrain: {verdict(metrics, lines)}\nsample: {options['sample']()[0]['completion']}")
             stage.finish(metrics | {f"eval/{key}_bits_per_byte": value for key, value in lines.items()})
         accelerator.wait_for_everyone()
     return stage.directory

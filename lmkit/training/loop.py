@@ -103,16 +103,17 @@ def fit(
     window = torch.zeros(3, device=accelerator.device)
     accumulation = config.accumulation(accelerator.num_processes)
     batch_size = config.per_device_train_batch_size * accumulation * accelerator.num_processes
-    start = _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage)
+    resumed = _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage)
+    start, metrics = resumed["step"], resumed["metrics"]
+    last = start if resumed["ended"] else config.max_steps
     peak = peak_flops(accelerator.device)
     batches = _batches(fetch, num_samples, start, accumulation, config, accelerator, stage.config.seed)
     counted_before = window[1].item()  # by the run that was stopped: no part of this one's speed
-    metrics: dict[str, float] = {}
     cadences = {"log": config.logging_steps, "evaluate": config.eval_steps, "save": config.save_steps}
     options = {"total_steps": config.max_steps, "start_step": start, "accelerator": accelerator}
     options |= {"report_to": stage.config.report_to, "description": stage.name, "unit": unit}
     with contextlib.closing(batches), Tracker(stage.directory, **options) as tracker:
-        for step in range(start + 1, config.max_steps + 1):
+        for step in range(start + 1, last + 1):
             due = {name for name, every in cadences.items() if step % every == 0 or step == config.max_steps}
             look = bool(due) or accelerator.device.type == "cpu"
             rate = config.learning_rate * _rate_factor(config, step - 1)
@@ -153,7 +154,9 @@ def fit(
             stop = look and processes.any_process(stage.stop_requested(), accelerator)
             ended = "evaluate" in due and processes.any_process(enough(), accelerator)
             if stop or ended or "save" in due:
-                _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage)
+                state = {"step": step, "window": window.tolist(), "batch_size": batch_size}
+                state |= {"metrics": metrics, "ended": ended}
+                _save(prepared, optimizers, ema, state, accelerator, stage)
             if ended:
                 break
             if stop and step < config.max_steps:
@@ -239,7 +242,7 @@ def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: l
     )
 
 
-def _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stage) -> None:
+def _save(prepared, optimizers, ema, state, accelerator, stage) -> None:
     check_inputs()
     tensors = {
         "model": checkpoint.model_tensors(prepared),
@@ -250,14 +253,13 @@ def _save(prepared, optimizers, window, ema, step, batch_size, accelerator, stag
         with ema.applied():
             tensors["ema"] = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(prepared).items()}
     if accelerator.is_main_process:
-        state = {"step": step, "window": window.tolist(), "batch_size": batch_size}
-        checkpoint.save(stage.checkpoints / f"step-{step:06d}", tensors=tensors, state=state)
+        checkpoint.save(stage.checkpoints / f"step-{state['step']:06d}", tensors=tensors, state=state)
         rotate(stage.checkpoints)
     accelerator.wait_for_everyone()
 
 
-def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -> int:
-    """Sets everything as the newest checkpoint has it; the number of updates made, 0 without a checkpoint.
+def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -> dict[str, Any]:
+    """Sets everything as the newest checkpoint has it; the state that was saved with it, of step 0 without one.
 
     BadInput when an update then had another number of samples, as with other processes: the order would be another.
     """
@@ -267,7 +269,7 @@ def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -
     if path is None:
         if ema is not None:
             ema.start(prepared)
-        return 0
+        return {"step": 0, "metrics": {}, "ended": False}
     tensors, state = checkpoint.load(path)
     if state["batch_size"] != batch_size:
         raise BadInput(
@@ -283,4 +285,4 @@ def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -
     checkpoint.load_random(tensors["random"], accelerator.process_index)
     window.copy_(torch.tensor(state["window"]))
     stage.say(f"{stage.name}: going on from step {state['step']} ({path})")
-    return state["step"]
+    return state

@@ -58,9 +58,9 @@ class OneStage(Stage):
 
 def train(directory, stop_after=None, module=None, evaluate=None, num_samples=50, **changes):
     module = module or Toy()
-    options = {name: changes.pop(name) for name in ("ema", "flops_per_token") if name in changes}
+    options = {name: changes.pop(name) for name in ("ema", "flops_per_token", "enough") if name in changes}
     with OneStage(directory, stop_after) as stage:
-        loop.fit(
+        module.metrics = loop.fit(
             module,
             changes.pop("fetch", fetch),
             num_samples,
@@ -219,10 +219,14 @@ def test_recomputed_activations_give_the_same_bits_and_keep_less(tmp_path):
         train(tmp_path / "toy", gradient_checkpointing=True)
 
 
-def test_a_finished_run_takes_no_further_step(tmp_path):
-    whole = train(tmp_path)
-    again = train(tmp_path)
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_a_run_that_was_killed_after_its_last_update_takes_none_and_has_the_metrics(tmp_path, ends_early):
+    options = {"evaluate": lambda: {"eval/score": 0.1}, "eval_steps": 4, "enough": lambda: ends_early}
+    whole, again = (train(tmp_path, **options) for _ in range(2))
+    assert rows(tmp_path)[-1]["step"] == (4 if ends_early else 10)
     assert same(whole, again)
+    assert again.metrics == whole.metrics
+    assert again.metrics.keys() >= {"loss", "grad_norm", "learning_rate", "eval/score"}
 
 
 def test_checkpoints_come_every_save_steps_and_two_are_kept(tmp_path):
