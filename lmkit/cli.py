@@ -74,7 +74,8 @@ def verify_run(run: Run) -> None:
         if damaged:
             raise CorruptInput(
                 f"{damaged} of {len(folders | set(recorded))} are damaged. Redo their stage with "
-                f"`python recipes/rlhf.py --redo STAGE`; a damaged checkpoint may be deleted."
+                "`python recipes/rlhf.py --config FILE --redo STAGE`, FILE the chain file of this run; a damaged "
+                "checkpoint may be deleted."
             )
 
 

@@ -107,6 +107,7 @@ class Stage:
     def finished(self) -> bool:
         """True when this very stage was completed and its artifacts verify; BadInput when it was made otherwise."""
         record, made = read_record(self.directory), made_from(self.directory)
+        redo = f"`python recipes/rlhf.py --config FILE --redo {self.title}`, FILE the chain file of the run"
         changes = []
         if made and made["fingerprint"] != self.fingerprint:
             inputs = {name: self.inputs.get(name, "no longer given") for name in self.changed_inputs(made)}
@@ -114,7 +115,7 @@ class Stage:
         if changes:
             raise BadInput(
                 f"{self.directory} was made with other settings: {'; '.join(changes)}. Choose another run name, or "
-                f"redo it with `python recipes/rlhf.py --redo {self.title}` (the old one is moved aside, not deleted)."
+                f"redo it with {redo} (the old one is moved aside, not deleted)."
             )
         if record is None:
             return False
@@ -122,8 +123,7 @@ class Stage:
         for artifact, manifest_id in record["artifacts"].items():
             if verify(self.directory / artifact) != manifest_id:
                 raise CorruptInput(
-                    f"{self.directory / artifact} is whole, but not what stage.json records. Redo it with "
-                    f"`python recipes/rlhf.py --redo {self.title}`."
+                    f"{self.directory / artifact} is whole, but not what stage.json records. Redo it with {redo}."
                 )
         self.say(f"{self.title}: finished already, skipped ({self.directory})", log=False)
         return True

@@ -4,7 +4,7 @@ Reads   --tokenizer and --shards, as the tokenizer stage writes them
 Writes  output_dir/vectors: both tables as safetensors, and the tokenizer; metrics.jsonl
 
     python recipes/embeddings.py --objective skipgram
-    lmkit embeddings runs/tiny/embeddings/vectors king queen --analogy man,king,woman
+    lmkit embeddings runs/tiny/embeddings/vectors owl fox --analogy fox,owl,goat
     python recipes/pretrain.py --embeddings runs/tiny/embeddings/vectors      # a model that starts from them
 
 They predict no text: what generates is a language model that starts from them.

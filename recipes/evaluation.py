@@ -100,7 +100,8 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
     jobs = {name: (model, prompts) for name, model in models.items()}
     jobs["many"] = (models["sft"], [prompt for prompt in prompts for _ in range(config.best_of)])
     answers, before = {}, 0
-    with Tracker(stage.directory, total_steps=sum(len(p) for _, p in jobs.values()), description=stage.name) as tracker:
+    shown = {"report_to": config.report_to, "description": stage.name}
+    with Tracker(stage.directory, total_steps=sum(len(p) for _, p in jobs.values()), **shown) as tracker:
 
         def progress(done: int, tokens: int) -> None:
             tracker.log(before + done, {"completions": before + done}, tokens=tokens)

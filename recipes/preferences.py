@@ -95,7 +95,8 @@ def sample_pairs(config: PreferencesConfig, stage: Stage, state):
     prompts = [available[i % len(available)] for i in range(num_prompts) for _ in range(k)]
     kept = stage.directory / "completions"
 
-    with Tracker(stage.directory, total_steps=len(prompts), description=stage.name) as tracker:
+    shown = {"report_to": config.report_to, "description": stage.name}
+    with Tracker(stage.directory, total_steps=len(prompts), **shown) as tracker:
 
         def progress(done: int, tokens: int) -> None:
             tracker.log(done, {"completions": done}, tokens=tokens)

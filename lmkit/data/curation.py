@@ -166,4 +166,4 @@ def _extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = module.split(".")[0]
-        raise BadInput(f"curating prompts needs {name}. Install it: pip install 'lmkit[curation]'.") from None
+        raise BadInput(f"curating prompts needs {name}. Install it: pip install -e '.[curation]'.") from None

@@ -69,7 +69,7 @@ def quantization(options: LoraOptions) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise BadInput("lora.load_in_4bit needs a GPU, and found none. Leave it out: LoRA itself runs anywhere.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise BadInput("lora.load_in_4bit needs bitsandbytes. Install it: pip install 'lmkit[qlora]'.")
+        raise BadInput("lora.load_in_4bit needs bitsandbytes. Install it: pip install -e '.[qlora]'.")
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -30,7 +30,7 @@ SET_BY_STAGE = {
     "save_total_limit": "nothing: the two newest checkpoints are kept",
     "load_best_model_at_end": "nothing: the last model is the result",
     "save_only_model": "nothing: a checkpoint always holds the optimizer",
-    "push_to_hub": "`lmkit export`",
+    "push_to_hub": "`hf upload` of the finished model directory",
 }
 SOURCES = {
     "SFTConfig": ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py"),

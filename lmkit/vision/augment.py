@@ -22,7 +22,7 @@ def _views(augment: Augment) -> nn.Module:
         import kornia.augmentation as K
     except ImportError:
         raise BadInput(
-            "augmentation needs kornia: pip install 'lmkit[vision]', or set every option of augment to 0."
+            "augmentation needs kornia: pip install -e '.[vision]', or set every option of augment to 0."
         ) from None
     steps: list[nn.Module] = []
     if augment.rotation or augment.shift:

@@ -185,7 +185,7 @@ def _digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise BadInput("builtin:digits needs scikit-learn: pip install 'lmkit[vision]'.") from None
+        raise BadInput("builtin:digits needs scikit-learn: pip install -e '.[vision]'.") from None
     from lmkit.vision.scenes import DIGITS
 
     digits = load_digits()

@@ -121,6 +121,6 @@ def _load_network(folder: Path, conditioner: Conditioner) -> nn.Module:
     try:
         from diffusers import UNet2DConditionModel, UNet2DModel
     except ImportError:
-        raise BadInput(f"{folder / 'unet'} needs diffusers: pip install 'lmkit[vision]'.") from None
+        raise BadInput(f"{folder / 'unet'} needs diffusers: pip install -e '.[vision]'.") from None
     kind = UNet2DConditionModel if conditioner.kind == "text" else UNet2DModel
     return kind.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)

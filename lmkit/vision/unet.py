@@ -24,7 +24,7 @@ def new_unet(options: UNetOptions, preprocess: Preprocess, conditioner: Conditio
     try:
         from diffusers import UNet2DConditionModel, UNet2DModel
     except ImportError:
-        raise BadInput("a U-Net needs diffusers: pip install 'lmkit[vision]', or set network to dit.") from None
+        raise BadInput("a U-Net needs diffusers: pip install -e '.[vision]', or set network to dit.") from None
 
     widths, halvings = options.widths, len(options.widths) - 1
     if preprocess.size % 2**halvings:

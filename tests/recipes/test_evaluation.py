@@ -53,7 +53,9 @@ def test_results_have_the_keys_others_read(nano, reward_model, tmp_path, capsys)
 
 
 def test_two_runs_give_the_same_results(nano, reward_model, tmp_path):
-    first, second = (main(config(nano, reward_model, tmp_path / name)) for name in ("a", "b"))
+    first = main(config(nano, reward_model, tmp_path / "a"))
+    second = main(config(nano, reward_model, tmp_path / "b", report_to=["tensorboard"]))
+    assert [folder.exists() for folder in (first / "tensorboard", second / "tensorboard")] == [False, True]
     assert (first / "results/metrics.json").read_bytes() == (second / "results/metrics.json").read_bytes()
 
 

@@ -49,10 +49,11 @@ def test_pairs_are_sampled_labelled_and_divided_by_prompt(nano, tmp_path, capsys
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(nano, tmp_path):
-    ids = [
-        read_record(main(config(nano, tmp_path / f"p{i}", seed=seed)))["artifacts"] for i, seed in enumerate([3, 3, 4])
-    ]
+    options = {"a": {"seed": 3}, "b": {"seed": 3, "report_to": ["tensorboard"]}, "c": {"seed": 4}}
+    folders = [main(config(nano, tmp_path / name, **given)) for name, given in options.items()]
+    ids = [read_record(folder)["artifacts"] for folder in folders]
     assert ids[0] == ids[1] != ids[2]
+    assert [(folder / "tensorboard").exists() for folder in folders] == [False, True, False]
 
 
 def test_given_pairs_need_no_model(pairs, tmp_path):
