@@ -104,7 +104,7 @@ def main(config: PretrainConfig) -> Path:
         with packed_attention(model):
             metrics = loop.fit(CausalLMLoss(model, config.z_loss), *objective.reading(data), train, **options)
         if accelerator.is_main_process:
-            metrics |= held_out.scores(model) | held_out.unstrided_scores(model)
+            metrics |= held_out.unstrided_scores(model)
             save("model")
             if ema:
                 with ema.applied():
