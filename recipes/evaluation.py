@@ -51,9 +51,10 @@ def main(config: EvaluationConfig) -> Path:
         state = processes.join()
         loaded = {name: load_language_model(getattr(config, name), state.device) for name in ("base", "sft", "ppo")}
         reward_model, reward_tokenizer = load_reward_model(config.reward, state.device)
-        judge_model = load_reward_model(config.judge, state.device)[0] if config.judge else None
+        judge_model, judge_tokenizer = load_reward_model(config.judge, state.device) if config.judge else (None, None)
         tokenizer = loaded["sft"][1]
-        compare.check_same_tokenizer({name: pair[1] for name, pair in loaded.items()} | {"reward": reward_tokenizer})
+        readers = {"reward": reward_tokenizer} | ({"judge": judge_tokenizer} if config.judge else {})
+        compare.check_same_tokenizer({name: pair[1] for name, pair in loaded.items()} | readers)
         models = {name: model for name, (model, _) in loaded.items()}
         prompts = load_prompts(config.prompts)["prompt"][: config.num_prompts]
         answers, many = sample_all(config, stage, state, models, tokenizer, prompts)

@@ -124,9 +124,10 @@ def _scores_behind_prompts(model: PreTrainedModel, prompts: list[list[int]], com
     seen["past_key_values"].batch_select_indices(which)
     ids = pad_sequence([torch.tensor(completion) for completion in completions], batch_first=True).to(model.device)
     mask = torch.cat([mask[which], torch.ones_like(ids, dtype=torch.bool)], dim=1).long()
-    places = lengths[which, None] + torch.arange(ids.shape[1], device=model.device)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, **seen).last_hidden_state
     last = torch.tensor([len(completion) - 1 for completion in completions], device=model.device)
+    # What stands behind a completion stays within the positions that the longest sequence has.
+    places = lengths[which, None] + torch.minimum(torch.arange(ids.shape[1], device=model.device), last[:, None])
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, **seen).last_hidden_state
     return _centred(model, hidden[torch.arange(len(last), device=model.device), last])
 
 

@@ -52,7 +52,8 @@ def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_le
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"{source} is no causal language model that transformers can load: {reason}") from None
+        hint = "Give what recipes/pretrain.py or save_pretrained wrote."
+        raise BadInput(f"{source} is no language model that can be loaded: {reason} {hint}") from None
     if why := difference(own, tokenizer):
         raise BadInput(
             f"The tokenizer of {source} {why} the one the shards were made with. Encode the corpus with the model's: "

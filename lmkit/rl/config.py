@@ -190,6 +190,10 @@ class PPOConfig(Config):
                 "truncation terminal or mask",
             ),
             (
+                rloo and self.gamma != 1,
+                f"advantage_estimator rloo and gamma {self.gamma}: rloo does not discount; leave one of them out",
+            ),
+            (
                 rloo and self.whiten_rewards,
                 "advantage_estimator rloo and whiten_rewards: rloo has one reward a completion; leave one of them out",
             ),

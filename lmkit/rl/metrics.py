@@ -22,6 +22,7 @@ EVALUATED = {
     "eval/entropy": "policy/entropy_avg",
 }
 RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
+CUT_TOLERANCE = 0.05  # what a log ratio may be over that of the cap: with a cap of 1 half of all rounding is
 
 
 def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict[str, float]:
@@ -30,7 +31,8 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict
     Names are TRL's, with "completion" for "response".
     objective/kl and objective/entropy are sums over a completion's tokens, in nats; policy/entropy_avg is per token.
     sampling/kl, of the policy from what the completions were drawn with, is a sum too, and not 0 where another engine
-    or an older policy drew them; sampling/importance_sampling_capped is the share of tokens whose weight is cut.
+    or an older policy drew them; sampling/importance_sampling_capped is the share of tokens whose weight is
+    cut by more than rounding.
     """
     mask = rollout.mask
     k1 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k1")
@@ -86,7 +88,7 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict
         "sampling/kl": total["lag"] / rows,
     }
     if config.importance_sampling_cap is not None:
-        capped = (-lag > math.log(config.importance_sampling_cap)) & mask
+        capped = (-lag > math.log(config.importance_sampling_cap) + CUT_TOLERANCE) & mask
         metrics["sampling/importance_sampling_capped"] = float(capped.sum()) / tokens
     return metrics
 
@@ -173,8 +175,9 @@ def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, s
         )
     if metrics.get("sampling/importance_sampling_capped", 0.0) > 0.1:
         found["lag"] = (
-            f"{metrics['sampling/importance_sampling_capped']:.0%} of the tokens are over importance_sampling_cap: the "
-            "policy moves faster than what it samples by follows; lower learning_rate or num_ppo_epochs"
+            f"{metrics['sampling/importance_sampling_capped']:.0%} of the tokens are over importance_sampling_cap. One "
+            "step off-policy, the policy moves faster than its samples follow: lower learning_rate or num_ppo_epochs. "
+            "Otherwise the engine computes other probabilities: look at its precision"
         )
     if metrics["objective/scores_std"] == 0:
         found["reward"] = (

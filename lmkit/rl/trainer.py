@@ -10,6 +10,7 @@ checkpoint needs no generator's state, and a resumed run takes the same bits as 
 """
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -361,6 +362,7 @@ class PPOTrainer:
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
             rest = {name: getattr(self, name) for name in STATE} | {"score_norm": self.score_norm.state()}
+            rest["next_prompts"] = self._next_prompts()
             checkpoint.save(folder / f"step-{self.iteration:06d}", tensors=tensors, state=rest)
             rotate(folder)
         self.accelerator.wait_for_everyone()
@@ -377,7 +379,17 @@ class PPOTrainer:
         for name in STATE:
             setattr(self, name, found[name])
         self.score_norm.load(found["score_norm"])
+        if self.drawing.ahead is not None and found["next_prompts"] != self._next_prompts():
+            raise BadInput(
+                f"{path} has completions of other prompts, drawn one step off-policy. Go on with the seed, the "
+                "train_dataset and the rollout_batch_size of that run."
+            )
         self.say(f"ppo: going on from iteration {self.iteration} ({path})")
+
+    def _next_prompts(self) -> str:
+        """A hash of the prompts of the next iteration."""
+        rows = self.plan.rows(self.iteration, len(self.train_prompts.ids))
+        return hashlib.sha256(repr([self.train_prompts.ids[row] for row in rows]).encode()).hexdigest()
 
     def _moving_reference(self) -> PreTrainedModel | None:
         return self.roles.reference if self.args.ref_model_mixup_alpha else None

@@ -285,4 +285,4 @@ def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -
     checkpoint.load_random(tensors["random"], accelerator.process_index)
     window.copy_(torch.tensor(state["window"]))
     stage.say(f"{stage.name}: going on from step {state['step']} ({path})")
-    return state
+    return {"metrics": {}, "ended": False} | state

@@ -64,7 +64,7 @@ def check(name: Name, model: ModelConfig | PreTrainedConfig | None, document_mas
     if name == "span_corruption" and not reads:
         raise BadInput(
             "objective span_corruption: an encoder reads the text with its gaps, a decoder writes them. Use "
-            f"--model.arch transformer --model.block.num_encoder_layers {num_layers}, or prefix"
+            f"--model.arch transformer --model.block.num_encoder_layers {num_layers}, or objective next_token"
         )
     if name == "prefix" and arch != "transformer":
         why = "reads token by token" if recurrent or arch == "neural_ngram" else "is causal throughout"

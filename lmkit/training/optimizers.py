@@ -89,7 +89,8 @@ def build_optimizers(
     """The optimisers of a model's trainable parameters. Matrices decay; gains, biases and embeddings do not.
 
     optim: "muon" (hidden matrices by Muon, the rest by AdamW) or "adamw_torch_fused". A hidden matrix is a
-    two-dimensional weight that is neither an embedding (also when it is shared with the output) nor the output layer.
+    two-dimensional weight that is neither an embedding (also when it is shared with the output) nor the output layer of
+    a language model; the head of a classifier or a reward model is one.
     """
     outer = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for inner in module.modules():

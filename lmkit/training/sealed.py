@@ -87,8 +87,8 @@ def _is_zero3() -> bool:
 class SealedCheckpoints:
     """Mixed in before a TRL trainer; the first argument is the stage that the checkpoints and metrics belong to.
 
-    muon: hidden matrices learn by Muon and the rest by AdamW, as in pretraining, in place of `train.optim`. DeepSpeed
-        flattens what it trains, so there it is left to `train.optim`.
+    muon: hidden matrices and heads learn by Muon and the rest by AdamW, as in pretraining, not by `train.optim`.
+        DeepSpeed flattens what it trains, so there it is left to `train.optim`.
     """
 
     def __init__(self, stage: Stage, *, muon: bool = False, **kwargs: Any):

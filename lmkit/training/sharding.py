@@ -122,6 +122,9 @@ def prepare(module: nn.Module, accelerator: Accelerator, torch_compile: bool = F
     return accelerator.prepare_model(double, evaluation_mode=True)  # autocast, and no DDP
 
 
+NUM_WIDTHS = 64  # batches are as wide as their longest row, to the next multiple of 16: 1,024 tokens have so many
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The layers that a transformers model names as its units; none in other modules, which are one unit."""
     names = {name for inner in module.modules() for name in getattr(inner, "_no_split_modules", None) or ()}
@@ -140,6 +143,8 @@ def compile_parts(module: nn.Module) -> nn.Module:
     Alike blocks share what is compiled once. In one graph each would be compiled, and would take the sines and cosines
     of all positions anew for every head, forward and backward.
     """
+    # A graph for each width of a batch: beyond torch's 8 all others would run uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, NUM_WIDTHS)
     for block in blocks(module):
         block.compile(dynamic=False)
     if hasattr(module, "loss"):

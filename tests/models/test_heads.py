@@ -112,6 +112,14 @@ def test_a_shared_prompt_is_run_once_and_changes_no_score(model, batch_size, mon
         assert shapes == [(3, 12), (7, 5)]
 
 
+def test_padding_behind_a_completion_needs_no_position():
+    model = GPT2ForSequenceClassification(GPT2Config(**GPT2, n_positions=24)).eval()
+    long, short = ids_of(20, 2)
+    prompts, completions = [long, long, long, short], ids_of(1, 2, 4, 18)
+    apart = last_token_scores(model, [p + c for p, c in zip(prompts, completions)])
+    assert torch.allclose(completion_scores(model, prompts, completions), apart, atol=1e-5)
+
+
 def test_prompts_that_are_not_shared_are_scored_with_their_completions(model, monkeypatch):
     prompts, completions = ids_of(12, 7, 12), ids_of(3, 1, 5)
     shapes = tokens_run(model, monkeypatch)

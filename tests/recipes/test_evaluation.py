@@ -6,6 +6,7 @@ import math
 import pytest
 from evaluation import EvaluationConfig, main
 
+from lmkit.errors import BadInput
 from lmkit.models.load import load_reward_model
 from lmkit.tracking import read_jsonl
 
@@ -57,6 +58,16 @@ def test_two_runs_give_the_same_results(nano, reward_model, tmp_path):
     second = main(config(nano, reward_model, tmp_path / "b", report_to=["tensorboard"]))
     assert [folder.exists() for folder in (first / "tensorboard", second / "tensorboard")] == [False, True]
     assert (first / "results/metrics.json").read_bytes() == (second / "results/metrics.json").read_bytes()
+
+
+def test_a_judge_of_another_vocabulary_is_refused(nano, reward_model, tmp_path):
+    model, tokenizer = load_reward_model(reward_model)
+    tokenizer.add_tokens(["<|other|>"])
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "judge")
+    with pytest.raises(BadInput, match=r"the tokenizers of base .* and judge .* differ"):
+        main(config(nano, reward_model, tmp_path / "evaluation", judge=tmp_path / "judge"))
 
 
 def test_without_gold_another_reward_model_judges_or_nobody(nano, reward_model, tmp_path):

@@ -162,5 +162,7 @@ def test_pairs_that_do_not_fit_and_unknown_options_are_bad_input(nano, data, tmp
         load(RewardStageConfig, ["--train.center_reward_coefficient", "0.1"])
     with pytest.raises(BadInput, match="optim sgd: not read, since matrices learn by Muon"):
         load(RewardStageConfig, ["--train.optim", "sgd"])
+    with pytest.raises(BadInput, match=r"adam_epsilon 0\.001: not read, since matrices learn by Muon"):
+        load(RewardStageConfig, ["--train.adam_epsilon", "1e-3"])
     load(RewardStageConfig, ["--train.optim", "sgd", "--muon", "false"])
     load(RewardStageConfig, ["--train.optim", "sgd", "--lora.r", "4"])

@@ -34,6 +34,7 @@ RLOO = {"advantage_estimator": "rloo"}
             RLOO | {"truncation": "bootstrap", "missing_eos_penalty": 0},
             "advantage_estimator rloo and truncation bootstrap",
         ),
+        (RLOO | {"gamma": 0.9}, "advantage_estimator rloo and gamma 0.9"),
         (RLOO | {"whiten_rewards": True}, "advantage_estimator rloo and whiten_rewards"),
         ({"one_step_off_policy": True}, "one_step_off_policy without importance_sampling_cap: .* usually 2"),
         ({"vllm_mode": "server"}, "vllm_mode server and use_vllm false"),

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import math
 import threading
 
 import pytest
 import torch
 from datasets import Dataset
 
-from lmkit.errors import BadInput
+from lmkit.errors import BadInput, Interrupted
 from lmkit.rl import trainer as module
 from lmkit.rl.actor_critic import target_logprobs
 from lmkit.rl.config import PPOConfig
@@ -30,7 +31,9 @@ def make(make_policy, tokenizer, tmp_path):
         if server is not None:
             base |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.address}
             base |= {"vllm_group_port": server.group_port, "importance_sampling_cap": 2.0}
-        given = {name: options.pop(name) for name in ("eval_dataset", "reward") if name in options}
+        given = {
+            name: options.pop(name) for name in ("eval_dataset", "reward", "seed", "stop_requested") if name in options
+        }
         return PPOTrainer(
             make_policy(),
             given.pop("reward", lambda prompts, completions: [float(len(set(c))) for c in completions]),
@@ -83,7 +86,7 @@ def test_completions_are_those_of_the_policy_before_the_last_updates(make):
         row, lag = logged(trainer)[t], rollout.sampled_logprobs - rollout.logprobs
         assert (lag.abs().max() > 0.01) == (t > 0)
         assert row["sampling/kl"] == pytest.approx(lag.sum().item() / 4, abs=1e-5)
-        capped = (-lag).exp()[rollout.mask] > 1.01
+        capped = (-lag)[rollout.mask] > math.log(1.01) + 0.05
         assert row["sampling/importance_sampling_capped"] == pytest.approx(capped.float().mean().item(), abs=1e-6)
         assert (row["sampling/importance_sampling_capped"] > 0) == (t > 0)
         assert row["val/first_ratio_error"] < 1e-5
@@ -152,6 +155,16 @@ def test_what_dies_with_a_process_is_drawn_again_to_the_bit(make, serve, monkeyp
     second.train(resume_from_checkpoint=True)
     assert torch.equal(state(second), state(whole))
     assert logged(second) == logged(whole)
+
+
+def test_completions_drawn_for_other_prompts_are_refused(make):
+    stops = iter([False, True])
+    first = make(**AHEAD, stop_requested=lambda: next(stops))
+    with pytest.raises(Interrupted):
+        first.train()
+    for changes in ({"seed": 1}, {"rollout_batch_size": 2, "total_episodes": 8}):
+        with pytest.raises(BadInput, match="completions of other prompts, drawn one step off-policy"):
+            make(**AHEAD | changes).train(resume_from_checkpoint=True)
 
 
 def test_a_server_that_fails_ends_the_run_with_the_last_good_checkpoint(make, serve):

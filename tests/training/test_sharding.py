@@ -137,7 +137,10 @@ def test_alike_blocks_are_compiled_once_for_training_alone(monkeypatch, num_hidd
         expected, _ = module(**batch)
         expected.backward()
         module(tokens[:, :5], tokens[:, 1:6])
-    assert len(graphs) == 2
+        assert len(graphs) == 2
+        for width in range(2, 12):  # batches are as wide as their longest row
+            prepared(tokens[:, :width], tokens[:, 1 : width + 1])
+    assert len(graphs) == 2 + 2 * 10
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-5, msg=name)
