@@ -3,7 +3,7 @@
     python benchmarks/architectures.py                               # 2e13 FLOP a row, 3 seeds, tiny-shakespeare
     python benchmarks/architectures.py --budget 3e12 --seeds 0       # one seed and a seventh of the FLOPs
     python benchmarks/architectures.py --rows lstm,transformer       # some of them
-    python benchmarks/architectures.py --page docs/architectures.md  # nothing is run: the table into the page
+    python benchmarks/architectures.py --page docs/architectures.md  # nothing is run: the tables into the page
 
 The rows are recipes/configs/architectures/rows.yaml, each a change of one section of the chain file beside it, trained
 by recipes/pretrain.py in a process of its own; text and tokenizer are made first (`--tokenizer`, `--shards` for others,
@@ -224,7 +224,9 @@ def main() -> None:
         print("\n" + json.dumps(trained(args.train) if args.train else counted(**args.count)))
         return
     if args.page:
-        args.page.write_text(with_tables(args.page.read_text(), read_lines(args.output)))
+        if not args.output.exists():
+            sys.exit(f"--output {args.output} does not exist: measure first, or name the file that has the lines")
+        args.page.write_text(with_tables(args.page.read_text(), args.output.stem, read_lines(args.output)))
         return
     vocab_size, rows = prepare(args), plan(args)
     validation_tokens = rows[0]["section"]["validation_tokens"] if rows else 32768
@@ -280,8 +282,8 @@ def tables(lines: list[dict]) -> dict[str, list[str]]:
 
 
 def table_of(lines: list[dict]) -> list[str]:
-    """Means over seeds of each row, in the order of rows.yaml, and the difference from `transformer` over the seeds
-    that both have; then what is not there yet."""
+    """Means and standard deviations over seeds of each row, in the order of rows.yaml, and of the difference from
+    `transformer` over the seeds that both have; then what is not there yet."""
     from lmkit.strict_yaml import read_mapping
 
     planned = list(read_mapping(CONFIGS / "rows.yaml")["table"])
@@ -307,7 +309,8 @@ def table_of(lines: list[dict]) -> list[str]:
         gaps = [line["bits_per_byte"] - default[line["seed"]] for line in ended if line.get("seed") in default]
         if first["group"] == "counted" and default:
             gaps = [bits[0] - statistics.mean(default.values())]
-        cells.append(f"{statistics.mean(gaps):+.4f}" if gaps and name != "transformer" else "")
+        gap = f"{statistics.mean(gaps):+.4f}" if gaps and name != "transformer" else ""
+        cells.append(gap + (f" ± {statistics.stdev(gaps):.4f}" if gap and gaps[1:] else ""))
         for key in ("tokens_per_cpu_second", "peak_mib"):
             cells.append(f"{statistics.mean(line[key] for line in ended):,.0f}" if ended else "")
         table.append("| " + " | ".join(cells) + " |")
@@ -317,7 +320,7 @@ def table_of(lines: list[dict]) -> list[str]:
 
 def depth_table(lines: list[dict]) -> list[str]:
     """Bits per byte of each placement of norms at each rate, or where it stopped; the largest norm of a gradient."""
-    found = {(line["row"], line["rate"]): line for line in lines}
+    found = {(line["row"], line["rate"]): line for line in sorted(lines, key=lambda line: -line["seed"])}
     names, rates = dict.fromkeys(line["row"] for line in lines), dict.fromkeys(line["rate"] for line in lines)
     table = ["| norms | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|" + "---:|" * len(rates)]
     for name in names:
@@ -332,14 +335,15 @@ def depth_table(lines: list[dict]) -> list[str]:
     return table
 
 
-def with_tables(page: str, lines: list[dict]) -> str:
-    """The page with what stands between its marks replaced."""
-    for name, table in tables(lines).items():
-        before, begin, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end of {name} -->\n")
-        if not end:
-            sys.exit(f"the page has no <!-- {name} --> with its <!-- end of {name} -->")
-        page = before + begin + "\n".join(table) + "\n" + end + after
+def with_tables(page: str, stem: str, lines: list[dict]) -> str:
+    """The page with what stands between the marks of a file of results, by its name, replaced."""
+    for group, table in tables(lines).items():
+        if table:
+            before, begin, rest = page.partition(f"<!-- {group} of {stem} -->\n")
+            _, end, after = rest.partition(f"<!-- end of {stem} -->\n")
+            if not end:
+                sys.exit(f"the page has no <!-- {group} of {stem} --> with its <!-- end of {stem} -->")
+            page = before + begin + "\n".join(table) + "\n" + end + after
     return page
 
 

@@ -69,6 +69,7 @@ def test_a_table_for_each_budget_has_means_spreads_and_differences():
     lines = [line("transformer", 2.0), line("transformer", 2.2, seed=1), line("norms: post", 2.5)]
     lines += [line("kneser_ney_5", 1.9, group="counted"), line("lstm", 1.0, budget=1e10)]
     del lines[-2]["budget"], lines[-2]["seed"]  # n-grams have neither
+    lines += [line("llama", 2.25), line("llama", 2.35, seed=1)]
     lines += [line("norms: deep", 2.4), *(line(f"norms: {name}", 0) for name in ("deep", "sandwich"))]
     lines[-2] |= {"seed": 1, "stopped": "step 9: the loss is nan over 2048 tokens"}
     lines[-1]["stopped"] = "step 3: the loss is nan"
@@ -82,6 +83,7 @@ def test_a_table_for_each_budget_has_means_spreads_and_differences():
     assert "| `transformer` | 950,000 | 4,096 | 0, 1 | 2.1000 ± 0.1414 |  | 1,000 | 100 |" in text
     # Compared with the default over the seeds that both have.
     assert "| norms: post | 950,000 | 4,096 | 0 | 2.5000 | +0.5000 | 1,000 | 100 |" in text
+    assert "| `llama` | 950,000 | 4,096 | 0, 1 | 2.3000 ± 0.0707 | +0.2000 ± 0.0707 | 1,000 | 100 |" in text
     assert "| `kneser_ney_5` | 950,000 n-grams | 4,096 |  | 1.9000 | -0.2000 |" in text
     assert "| norms: deep | 950,000 | 4,096 | 0, 1 | 2.4000, stopped at step 9 | +0.4000 | 1,000 | 100 |" in text
     assert "| norms: sandwich | 950,000 | 4,096 | 0 | stopped at step 3 |  |  |  |" in text
@@ -97,7 +99,8 @@ def test_the_depth_table_tells_who_stopped_and_the_largest_gradient():
     stopped = line("deep", 0, rate=0.1, stopped="step 7: the loss is nan over 2048 tokens", **options)
     del stopped["bits_per_byte"]
     stopped["largest_grad_norm"] = None
-    table = architectures.tables([*lines, stopped])["depth"]
+    other = line("pre", 9.0, rate=0.5, seed=1, **options)  # the heading names the first seed alone
+    table = architectures.tables([*lines, stopped, other])["depth"]
     assert table[0] == "2e+11 training FLOP a row; 2026-11-21, torch 2.13.0; seed 0."
     assert table[2] == "| norms | rate 0.1 | rate 0.5 |"
     assert table[4:] == [
@@ -107,14 +110,15 @@ def test_the_depth_table_tells_who_stopped_and_the_largest_gradient():
     ]
 
 
-def test_the_page_shows_what_the_file_says():
+@pytest.mark.parametrize("stem", sorted(path.stem for path in (ROOT / "docs").glob("architectures*.jsonl")))
+def test_the_page_shows_what_the_file_says(stem):
     page = (ROOT / "docs" / "architectures.md").read_text()
-    lines = architectures.read_lines(ROOT / "docs" / "architectures.jsonl")
-    assert architectures.with_tables(page, lines) == page
+    lines = architectures.read_lines(ROOT / "docs" / f"{stem}.jsonl")
+    assert architectures.with_tables(page, stem, lines) == page
     changed = [row | {"bits_per_byte": row.get("bits_per_byte", 1) + 0.01} for row in lines]
-    assert architectures.with_tables(page, changed) != page
-    with pytest.raises(SystemExit, match="the page has no <!-- table -->"):
-        architectures.with_tables("# Architectures", lines)
+    assert architectures.with_tables(page, stem, changed) != page
+    with pytest.raises(SystemExit, match=f"the page has no <!-- table of {stem} -->"):
+        architectures.with_tables("# Architectures", stem, lines)
 
 
 def test_a_row_that_fails_costs_no_other_its_line(tmp_path, monkeypatch, capsys):
