@@ -98,7 +98,7 @@ def test_a_missing_extra_is_named(run, monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(BadInput, match=r"needs datasketch. Install it: pip install 'lmkit\[curation\]'"):
+    with pytest.raises(BadInput, match=r"needs datasketch. Install it: pip install -e '\.\[curation\]'"):
         without_duplicates(["a"])
     with pytest.raises(BadInput, match="needs sklearn"):
         cluster(np.eye(2), 2, seed=0)

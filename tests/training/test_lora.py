@@ -52,7 +52,7 @@ def test_4_bits_need_a_gpu_and_bitsandbytes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"needs bitsandbytes. Install it: pip install 'lmkit\[qlora\]'"):
+    with pytest.raises(BadInput, match=r"needs bitsandbytes. Install it: pip install -e '\.\[qlora\]'"):
         quantization(options)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     asked = quantization(options)
