@@ -50,11 +50,10 @@ def main(config: EvaluationConfig) -> Path:
     with stage:
         state = processes.join()
         loaded = {name: load_language_model(getattr(config, name), state.device) for name in ("base", "sft", "ppo")}
-        reward_model, reward_tokenizer = load_reward_model(config.reward, state.device)
-        judge_model, judge_tokenizer = load_reward_model(config.judge, state.device) if config.judge else (None, None)
-        tokenizer = loaded["sft"][1]
-        readers = {"reward": reward_tokenizer} | ({"judge": judge_tokenizer} if config.judge else {})
-        compare.check_same_tokenizer({name: pair[1] for name, pair in loaded.items()} | readers)
+        paths = {"reward": config.reward, "judge": config.judge}
+        scorers = {name: load_reward_model(path, state.device) for name, path in paths.items() if path}
+        reward_model, judge_model, tokenizer = scorers["reward"][0], scorers.get("judge", [None])[0], loaded["sft"][1]
+        compare.check_same_tokenizer({name: pair[1] for name, pair in (loaded | scorers).items()})
         models = {name: model for name, (model, _) in loaded.items()}
         prompts = load_prompts(config.prompts)["prompt"][: config.num_prompts]
         answers, many = sample_all(config, stage, state, models, tokenizer, prompts)
@@ -101,8 +100,8 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
     jobs = {name: (model, prompts) for name, model in models.items()}
     jobs["many"] = (models["sft"], [prompt for prompt in prompts for _ in range(config.best_of)])
     answers, before = {}, 0
-    shown = {"report_to": config.report_to, "description": stage.name}
-    with Tracker(stage.directory, total_steps=sum(len(p) for _, p in jobs.values()), **shown) as tracker:
+    total = sum(len(asked) for _, asked in jobs.values())
+    with Tracker(stage.directory, total_steps=total, report_to=config.report_to, description=stage.name) as tracker:
 
         def progress(done: int, tokens: int) -> None:
             tracker.log(before + done, {"completions": before + done}, tokens=tokens)

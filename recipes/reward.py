@@ -52,9 +52,9 @@ class RewardStageConfig(StageConfig):
     @field_validator("train")
     @classmethod
     def _known(cls, train: dict, others: ValidationInfo) -> dict:
-        idle = [name for name in ("optim", "optim_args", "adam_epsilon") if name in train]
-        if idle and others.data.get("muon") and not others.data["lora"].r:
-            raise ValueError(f"{idle[0]} {train[idle[0]]}: not read, since matrices learn by Muon. Set muon false")
+        by_muon = others.data.get("muon") and not others.data["lora"].r
+        if by_muon and (idle := {"optim", "optim_args", "adam_epsilon"} & train.keys()):
+            raise ValueError(f"{min(idle)} {train[min(idle)]}: not read, since matrices learn by Muon. Set muon false")
         return check_train_block(train, "RewardConfig")
 
 
