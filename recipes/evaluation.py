@@ -99,10 +99,10 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
 
     jobs = {name: (model, prompts) for name, model in models.items()}
     jobs["many"] = (models["sft"], [prompt for prompt in prompts for _ in range(config.best_of)])
+    sampling = config.model_dump(include={"max_new_tokens", "batch_size"})
     answers, before = {}, 0
     total = sum(len(asked) for _, asked in jobs.values())
     with Tracker(stage.directory, total_steps=total, report_to=config.report_to, description=stage.name) as tracker:
-
         def progress(done: int, tokens: int) -> None:
             tracker.log(before + done, {"completions": before + done}, tokens=tokens)
             if stage.stop_requested():
@@ -110,9 +110,8 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
 
         for number, (name, (model, asked)) in enumerate(jobs.items()):
             # A seed for each model: with a common one two models' samples would not be independent.
-            options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-            options |= {"seed": len(jobs) * config.seed + number, "state": state, "progress": progress}
-            answers[name] = complete_shared(model, tokenizer, asked, **options)
+            sampling["seed"] = len(jobs) * config.seed + number
+            answers[name] = complete_shared(model, tokenizer, asked, **sampling, state=state, progress=progress)
             before += len(asked)
     return answers, answers.pop("many")
 

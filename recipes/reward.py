@@ -52,10 +52,7 @@ class RewardStageConfig(StageConfig):
     @field_validator("train")
     @classmethod
     def _known(cls, train: dict, others: ValidationInfo) -> dict:
-        by_muon = others.data.get("muon") and not others.data["lora"].r
-        if by_muon and (idle := {"optim", "optim_args", "adam_epsilon"} & train.keys()):
-            raise ValueError(f"{min(idle)} {train[min(idle)]}: not read, since matrices learn by Muon. Set muon false")
-        return check_train_block(train, "RewardConfig")
+        return check_train_block(train, "RewardConfig", others.data.get("muon") and not others.data["lora"].r)
 
 
 def main(config: RewardStageConfig) -> Path:

@@ -140,15 +140,9 @@ def fit(
                 metrics |= row
                 window.zero_()
             if "evaluate" in due and evaluate is not None:
-                checkpoint.check_finite(dict(prepared.named_parameters()))
-                module.eval()
-                with sharding.whole(module, prepared):
-                    scores = dict(evaluate())
-                    if sample is not None and accelerator.is_main_process:
-                        tracker.sample(step, sample())
-                if ema is not None:
-                    with ema.applied(), sharding.whole(module, prepared):
-                        scores |= {name.replace("eval/", "eval/ema_"): score for name, score in evaluate().items()}
+                scores, rows = _evaluate(module, prepared, evaluate, sample, ema, accelerator)
+                if rows:
+                    tracker.sample(step, rows)
                 tracker.log(step, scores)
                 metrics |= scores
             stop = look and processes.any_process(stage.stop_requested(), accelerator)
@@ -231,6 +225,19 @@ def _update(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float) -
         optimizer.zero_grad()
 
 
+def _evaluate(module, prepared, evaluate, sample, ema, accelerator) -> tuple[dict[str, float], Sequence]:
+    """(metrics of the weights and, as eval/ema_*, of their average; the main process's sample rows)."""
+    checkpoint.check_finite(dict(prepared.named_parameters()))
+    module.eval()
+    with sharding.whole(module, prepared):
+        scores = dict(evaluate())
+        rows = sample() if sample is not None and accelerator.is_main_process else []
+    if ema is not None:
+        with ema.applied(), sharding.whole(module, prepared):
+            scores |= {name.replace("eval/", "eval/ema_"): score for name, score in evaluate().items()}
+    return scores, rows
+
+
 def _what_is_not_finite(prepared: nn.Module, sums: Tensor, step: int, samples: list[int], stage: Stage) -> str:
     gradients = [(n, p.grad) for n, p in prepared.named_parameters() if p.grad is not None]
     broken = [name for name, gradient in gradients if not gradient.isfinite().all()]
@@ -285,4 +292,4 @@ def _resume(prepared, optimizers, window, ema, batch_size, accelerator, stage) -
     checkpoint.load_random(tensors["random"], accelerator.process_index)
     window.copy_(torch.tensor(state["window"]))
     stage.say(f"{stage.name}: going on from step {state['step']} ({path})")
-    return {"metrics": {}, "ended": False} | state
+    return state

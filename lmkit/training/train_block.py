@@ -32,16 +32,20 @@ SET_BY_STAGE = {
     "save_only_model": "nothing: a checkpoint always holds the optimizer",
     "push_to_hub": "`hf upload` of the finished model directory",
 }
+UNREAD_BY_MUON = ("optim", "optim_args", "optim_target_modules", "adam_epsilon")
 SOURCES = {
     "SFTConfig": ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py"),
     "RewardConfig": ("trl/trainer/reward_config.py", "trl/trainer/base_config.py", "transformers/training_args.py"),
 }
 
 
-def check_train_block(mapping: dict[str, Any], class_name: Literal["SFTConfig", "RewardConfig"]) -> dict[str, Any]:
-    """`mapping` with values converted to the types of the class's fields.
+def check_train_block(
+    mapping: dict[str, Any], class_name: Literal["SFTConfig", "RewardConfig"], muon: bool = False
+) -> dict[str, Any]:
+    """`mapping` with values converted to the types of the class's fields. muon: whether matrices learn by Muon.
 
-    Raises ValueError listing every unknown key (with the near name), wrong type and key that the stage sets itself.
+    Raises ValueError listing every unknown key (with the near name), wrong type, and key that the stage sets itself or
+    that Muon leaves unread.
 
     >>> check_train_block({"max_steps": 300, "learning_rate": "1e-3"}, "SFTConfig")
     {'max_steps': 300, 'learning_rate': 0.001}
@@ -56,6 +60,8 @@ def check_train_block(mapping: dict[str, Any], class_name: Literal["SFTConfig", 
     for key, value in mapping.items():
         if key in SET_BY_STAGE:
             mistakes.append(f"{key}: is set by the stage; remove it. Instead: {SET_BY_STAGE[key]}.")
+        elif muon and key in UNREAD_BY_MUON:
+            mistakes.append(f"{key} {value}: not read, since matrices learn by Muon. Set muon false")
         elif key not in types:
             near = difflib.get_close_matches(key, types, 1)
             hint = f"Did you mean {near[0]}?" if near else "Its documentation lists the options."
