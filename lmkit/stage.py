@@ -114,8 +114,8 @@ class Stage:
             changes = [*self.changed_settings(made), *(f"the content of {n} ({p})" for n, p in inputs.items())]
         if changes:
             raise BadInput(
-                f"{self.directory} was made with other settings: {'; '.join(changes)}. Choose another run name, or "
-                f"redo it with {redo} (the old one is moved aside, not deleted)."
+                f"{self.directory} was made with other settings: {'; '.join(changes)}. Give another --output_dir "
+                f"(a chain: --name), or redo it with {redo} (the old one is moved aside, not deleted)."
             )
         if record is None:
             return False
