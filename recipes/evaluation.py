@@ -103,6 +103,7 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
     answers, before = {}, 0
     total = sum(len(asked) for _, asked in jobs.values())
     with Tracker(stage.directory, total_steps=total, report_to=config.report_to, description=stage.name) as tracker:
+
         def progress(done: int, tokens: int) -> None:
             tracker.log(before + done, {"completions": before + done}, tokens=tokens)
             if stage.stop_requested():
