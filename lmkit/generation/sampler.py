@@ -137,6 +137,8 @@ def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
     cache = reserved_cache(model, width + max_new_tokens)
     attention = contextlib.ExitStack()
     with attention:
+        if model.config._attn_implementation == NAME:  # it would let padding be seen
+            attention.enter_context(attending(model, "sdpa" if model._supports_sdpa else "eager"))
         for step in range(max_new_tokens):
             outputs = model(
                 input_ids=ids,
@@ -147,8 +149,9 @@ def _sample_batch(model, prompts, uniforms, stops, max_new_tokens, choice):
                 logits_to_keep=1,
             )
             logits, cache = outputs.logits[:, -1], outputs.past_key_values
-            if step == 0:
-                attention.enter_context(decoding_attention(model))
+            if step == 0 and device.type == "cpu" and model.config._attn_implementation == "sdpa":
+                # By matrix products the one query a row takes half the time of the fused kernel, in bfloat16 a quarter.
+                attention.enter_context(attending(model, "eager"))
             ids, chosen = draw(logits, None if uniforms is None else uniforms[rows, step], *choice)
             tokens[rows, step] = torch.where(running, ids, 0)
             logprobs[rows, step] = torch.where(running, chosen, 0.0)
@@ -185,16 +188,10 @@ class Stops:
 
 
 @contextlib.contextmanager
-def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, on a CPU, `model` attends by matrix products ("eager" of transformers).
-
-    For the one query a row of a decoding step they take half the time of the fused kernel, in bfloat16 a quarter.
-    """
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Inside the block `model` attends by the named implementation of transformers."""
     before = model.config._attn_implementation
-    if model.device.type != "cpu" or before not in ("sdpa", NAME):
-        yield
-        return
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:

@@ -177,6 +177,16 @@ class PPOConfig(Config):
                 "vllm_mode out",
             ),
             (
+                self.adaptive_kl_target is not None and not self.kl_coef,
+                f"adaptive_kl_target {self.adaptive_kl_target} and kl_coef 0: it is multiplied, and stays 0; set "
+                "kl_coef above 0",
+            ),
+            (
+                self.adaptive_kl_target is not None and self.rollout_batch_size >= 5 * self.adaptive_kl_horizon,
+                f"adaptive_kl_horizon {self.adaptive_kl_horizon} and rollout_batch_size {self.rollout_batch_size}: one "
+                "iteration could take the whole price away; set the horizon above a fifth of the batch",
+            ),
+            (
                 rloo and group < 2,
                 "advantage_estimator rloo and num_generations 1: it compares completions of a prompt; use 2 or more",
             ),

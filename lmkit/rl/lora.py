@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lmkit.errors import BadInput
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"  # names of the adapters
+KEEP_THE_BASE = (True, False, "gaussian")  # of peft's initialisations, those that leave its weights alone
 
 
 def add_adapters(model: PreTrainedModel, peft_config: LoraConfig, *, own_critic: bool) -> PeftModel:
@@ -28,6 +29,11 @@ def add_adapters(model: PreTrainedModel, peft_config: LoraConfig, *, own_critic:
         raise BadInput(
             f"peft_config has modules_to_save {list(peft_config.modules_to_save)}, which the reference would share "
             "with the policy; put these modules into target_modules instead."
+        )
+    if peft_config.bias != "none" or peft_config.init_lora_weights not in KEEP_THE_BASE:
+        raise BadInput(
+            f"peft_config has bias {peft_config.bias} and init_lora_weights {peft_config.init_lora_weights}; wanted "
+            f"bias none and one of {', '.join(map(str, KEEP_THE_BASE))}: others move the base, which is the reference."
         )
     lora = get_peft_model(model, peft_config, adapter_name=POLICY)
     if own_critic:

@@ -22,6 +22,7 @@ EVALUATED = {
     "eval/entropy": "policy/entropy_avg",
 }
 RATIO_TOLERANCE = {"no": 1e-4, "bf16": 5e-2}  # of the first mini-batch's log ratio, by precision
+SAMPLER_TOLERANCE = 0.05  # mean over tokens; rounding to bfloat16 makes a few thousandths
 CUT_TOLERANCE = 0.05  # what a log ratio may be over that of the cap: with a cap of 1 half of all rounding is
 
 
@@ -63,7 +64,6 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict
     total = {name: float(value) for name, value in sums.items()}
     rows, tokens = total["rows"], total["tokens"]
     score, kl = total["scores"] / rows, total["kl"] / rows
-    penalised = score - config.missing_eos_penalty * (1 - total["stopped"] / rows)
     metrics = {
         "objective/scores": score,
         "objective/kl": kl,
@@ -72,8 +72,6 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict
         "objective/scores_std": max(total["scores_squared"] / rows - score**2, 0.0) ** 0.5,
         "objective/kl_k3": total["kl_k3"] / rows,
         "objective/entropy": total["surprisal"] / rows,
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": penalised - kl_coef * kl,
         "objective/kl_coef": kl_coef,
         "policy/entropy_avg": total["entropy"] / tokens,
         "val/mean": total["values"] / tokens,
@@ -157,6 +155,12 @@ def warnings(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, s
         found["ratio"] = (
             f"the first mini-batch's log ratio reaches {ratio_error:.2g} where it should be 0: old log-probabilities "
             "and the training forward disagree (dropout, precision, or a model that depends on its padding)"
+        )
+    mismatch = metrics["sampling/logprob_diff_mean"]
+    if mismatch > SAMPLER_TOLERANCE and "sampling/importance_sampling_capped" not in metrics:
+        found["sampler"] = (
+            f"the sampler's log-probabilities are {mismatch:.2g} nats a token from those of the training forward: "
+            "completions are not quite the policy's (a model that depends on its padding, or on a cache)"
         )
     if metrics["objective/kl"] < 0 and metrics["objective/kl_k3"] > 1:
         found["kl"] = (

@@ -154,15 +154,12 @@ def make_reward(
     "module:function", or a function(prompts, completions, **columns) -> numbers, which may be async; an http(s) address
     (see `ask_server`). tokenizer: the policy's. The others are as in `Reward` and `ask_server`.
 
-    A directory whose tokenizer gives other ids than the policy's scores the text, rendered by its own chat template.
+    A directory whose tokenizer has another vocabulary, chat template or stop tokens than the policy's scores the text,
+    rendered by its own.
     Raises BadInput for what is none of these, and for weights that do not fit.
     """
     given = list(reward) if isinstance(reward, list | tuple) else [reward]
-    if not given or (weights is not None and (len(weights) != len(given) or aggregation != "sum")):
-        raise BadInput(
-            f"{len(given)} rewards with {'no' if weights is None else len(weights)} reward_weights, taken by "
-            f"{aggregation}; wanted at least one reward, and with the aggregation sum a weight for each, or none."
-        )
+    check_weights(len(given), weights, aggregation)
     found: dict[str, tuple[bool, Source]] = {}
     for one in given:
         name, is_model, source = _source(one, tokenizer, batch_size, device, timeout_seconds, max_retries)
@@ -175,6 +172,15 @@ def make_reward(
     return Reward(models, functions, weights, aggregation, variance_coef)
 
 
+def check_weights(num_rewards: int, weights: Sequence[float] | None, aggregation: Aggregation) -> None:
+    """BadInput for weights that do not fit, and for no reward."""
+    if not num_rewards or (weights is not None and (len(weights) != num_rewards or aggregation != "sum")):
+        raise BadInput(
+            f"{num_rewards} rewards with {'no' if weights is None else len(weights)} reward_weights, taken by "
+            f"{aggregation}; wanted at least one reward, and with the aggregation sum a weight for each, or none."
+        )
+
+
 def _source(
     reward: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: Any, timeout: float, max_retries: int
 ) -> tuple[str, bool, Source]:
@@ -184,7 +190,8 @@ def _source(
     if isinstance(reward, str | Path) and Path(reward).is_dir():
         model, own = load_reward_model(Path(reward), device)
         model.requires_grad_(False)
-        same, stops = own.get_vocab() == tokenizer.get_vocab(), set(stop_token_ids(tokenizer))
+        alike = [(t.get_vocab(), t.chat_template, stop_token_ids(t)) for t in (own, tokenizer)]
+        same, stops = alike[0] == alike[1], set(alike[1][-1])
 
         def score(batch: Batch) -> Tensor:
             ids = batch.ids if same else rendered(own, batch, stops)

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
-from lmkit.models.heads import ValueHead, classifier_from, last_token_scores, value_model_from
+from lmkit.models.heads import ValueHead, classifier_from, value_model_from
 from lmkit.models.load import load_reward_model
 from lmkit.rl.actor_critic import ActorCritic, check_policy, disable_dropout, target_logprobs
 from lmkit.rl.config import PPOConfig
 from lmkit.rl.lora import POLICY, REWARD, VALUE, acting, adapter_classifier, add_adapters, is_adapter, merged
-from lmkit.rl.rewards import Reward, make_reward
+from lmkit.rl.rewards import Reward, check_weights, make_reward, model_scores
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def make_roles(
             if isinstance(part, PreTrainedModel):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is not None and isinstance(reward, str | Path) and is_adapter(reward):
-        score = _adapter_reward(lora, Path(reward), args.generation_batch_size)
+        score = _adapter_reward(lora, Path(reward), args)
     else:
         score = make_reward(
             reward,
@@ -143,6 +143,11 @@ def _critic(model, reward, args, value_model, tokenizer):
             raise BadInput(f"value_model is given and {why}; set critic to separate, or leave value_model out.")
         return _value_head(model) if args.advantage_estimator == "gae" else None
     if value_model is not None:
+        rewards = reward if isinstance(reward, list | tuple) else [reward]
+        if any(value_model is other for other in (model, *rewards)):
+            raise BadInput(
+                "value_model is the policy or a reward model itself; the critic has weights of its own: pass a copy."
+            )
         return value_model.requires_grad_(True)
     if isinstance(reward, str | Path) and Path(reward).is_dir():
         critic, own = load_reward_model(Path(reward))
@@ -157,11 +162,12 @@ def _critic(model, reward, args, value_model, tokenizer):
     raise BadInput("critic is separate, but the reward is no model to start it from; pass value_model or use shared.")
 
 
-def _adapter_reward(lora, directory, batch_size):
-    classifier = adapter_classifier(lora, directory)
+def _adapter_reward(lora, directory, args):
+    check_weights(1, args.reward_weights, args.reward_aggregation)
+    classifier, name = adapter_classifier(lora, directory), str(directory)
 
     def score(batch):
         with acting(classifier, REWARD):
-            return last_token_scores(classifier, batch.ids, batch_size)
+            return model_scores(classifier, batch.ids, args.generation_batch_size, name)
 
-    return Reward({str(directory): score}, {})
+    return Reward({name: score}, {}, args.reward_weights, args.reward_aggregation, args.reward_variance_coef)

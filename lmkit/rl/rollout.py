@@ -124,7 +124,7 @@ def values_after(rollout: Rollout, forward: Forward, batch_size: int) -> Tensor:
     )
     found = torch.zeros(len(rollout.scores))
     cut = (~rollout.stopped).nonzero().squeeze(1)
-    for index in cut.split(batch_size):
+    for index in cut.split(batch_size) if len(cut) else ():
         part = longer.rows(index)
         values = part.per_token(forward(*part.model_inputs())[1].cpu())
         found[index] = values.gather(1, part.completion_lengths[:, None] - 1).squeeze(1)

@@ -51,7 +51,7 @@ from lmkit.rl.roles import make_roles
 from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
 from lmkit.rl.scorers import Batch
 from lmkit.rl.shares import gathered
-from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, update
+from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, paid_metrics, update
 from lmkit.stage import latest_checkpoint, rotate
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tracking import Tracker
@@ -151,7 +151,9 @@ class PPOTrainer:
             self._load(resume_from_checkpoint)
         options = {"total_steps": args.num_iterations, "start_step": self.iteration, "accelerator": self.accelerator}
         tracker = Tracker(self.output_dir, **options, report_to=self.report_to, description="ppo")
-        with tracker, faster_attention(self.accelerator, *self.roles.models()):
+        # Those that learn are others than the roles' where the weights are shared out.
+        learning = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        with tracker, faster_attention(self.accelerator, *self.roles.models(), *learning):
             if self.iteration == 0 and self.eval_prompts:
                 tracker.log(0, self.evaluate())
                 tracker.sample(0, self.samples)
@@ -192,6 +194,7 @@ class PPOTrainer:
         if broken := guard(metrics, args):
             raise Stopped(f"iteration {self.iteration + 1}: {broken}. {self._last_good()}")
         rollout = replace(rollout, scores=self.score_norm(rollout.scores))
+        metrics |= paid_metrics(rollout, args, self.kl_coef)
         advantages, returns = advantages_and_returns(rollout, args, self.kl_coef)
         before_updates = time.perf_counter()
         try:
@@ -282,13 +285,12 @@ class PPOTrainer:
 
     def score(self, prompts: Prompts, index: Sequence[int], completions: list[list[int]]) -> Callable[[], Tensor]:
         """Starts to score a completion (ids) for each of the rows in `index`; what is returned gives the scores [B]."""
-        chosen = prompts.rows.select(index)
-        asked, texts = chosen["prompt"], self.decode(completions)
+        columns = prompts.rows[list(index)]
+        asked, texts = columns.pop("prompt"), self.decode(completions)
         spoken = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(asked, texts)
         ]
-        columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
         ids = [prompts.ids[row] + completion for row, completion in zip(index, completions)]
         finish = self.roles.reward.start(Batch(asked, spoken, ids, columns))
         # Reward models too compute in the run's precision; functions work in threads of their own, outside of it.

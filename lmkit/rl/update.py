@@ -39,13 +39,7 @@ def advantages_and_returns(rollout: Rollout, config: PPOConfig, kl_coef: float) 
     returns are 0.
     """
     mask = counted_tokens(rollout, config)
-    scores = rollout.scores - config.missing_eos_penalty * ~rollout.stopped
-    if config.truncation == "bootstrap":  # what a completion cut off would have earned is in the critic's value
-        scores = scores.masked_fill(~rollout.stopped, 0)
-    penalties = torch.zeros_like(rollout.logprobs)
-    if config.kl_placement == "reward":
-        penalties = kl_coef * kl_per_token(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
-    rewards = token_rewards(scores, penalties, mask)
+    rewards = token_rewards(*scores_and_penalties(rollout, config, kl_coef), mask)
     if config.advantage_estimator == "rloo":
         advantages = leave_one_out(rewards.sum(1), mask.any(1), config.completions_per_prompt)
         return advantages[:, None] * mask, torch.zeros_like(rewards)
@@ -56,6 +50,30 @@ def advantages_and_returns(rollout: Rollout, config: PPOConfig, kl_coef: float) 
         rewards, rollout.values, mask, **decays, final_values=rollout.final_values
     )
     return whiten(advantages, mask), returns
+
+
+def scores_and_penalties(rollout: Rollout, config: PPOConfig, kl_coef: float) -> tuple[Tensor, Tensor]:
+    """What a completion is paid at its end [B], and what is taken for the KL at each token [B, C]."""
+    scores = rollout.scores - config.missing_eos_penalty * ~rollout.stopped
+    if config.truncation == "bootstrap":  # what a completion cut off would have earned is in the critic's value
+        scores = scores.masked_fill(~rollout.stopped, 0)
+    if config.kl_placement == "loss":
+        return scores, torch.zeros_like(rollout.logprobs)
+    return scores, kl_coef * kl_per_token(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+
+
+def paid_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float) -> dict[str, float]:
+    """Means over completions of what they are paid beside the score, and in all; scores are those that are learnt from.
+
+    With truncation "mask" completions cut off are paid nothing and not counted.
+    """
+    scores, penalties = scores_and_penalties(rollout, config, kl_coef)
+    paid = counted_tokens(rollout, config).any(1)
+    rows, other = max(int(paid.sum()), 1), -penalties[paid].sum().item()
+    return {
+        "objective/non_score_reward": other / rows,
+        "objective/rlhf_reward": (scores[paid].sum().item() + other) / rows,
+    }
 
 
 def make_optimizer(model: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
@@ -180,6 +198,7 @@ def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, counted,
     with torch.no_grad():
         difference = log_ratio(logprobs, old_logprobs)
         ratio = difference.exp()
+        far = (values - old_values).abs() > config.cliprange_value
         means = {
             "count": torch.ones_like(ratio),
             "policy_loss": policy,
@@ -188,7 +207,8 @@ def micro_batch_loss(batch: Rollout, rows: Tensor, advantages, returns, counted,
             "approxkl_k3": ratio - 1 - difference,
             "clipped_low": (ratio < 1 - config.cliprange) & (advantages < 0),
             "clipped_high": (ratio > 1 + config.cliprange) & (advantages > 0),
-            "value_clipped": (values - old_values).abs() > config.cliprange_value,
+            # Where the clipped error is the larger one the value has no gradient.
+            "value_clipped": (value > (values - returns) ** 2 / 2) & far,
             "ratio": ratio,
             "ratio_squared": ratio**2,
         }

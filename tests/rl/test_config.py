@@ -36,6 +36,11 @@ RLOO = {"advantage_estimator": "rloo"}
         ),
         (RLOO | {"gamma": 0.9}, "advantage_estimator rloo and gamma 0.9"),
         (RLOO | {"whiten_rewards": True}, "advantage_estimator rloo and whiten_rewards"),
+        ({"adaptive_kl_target": 6.0, "kl_coef": 0}, r"adaptive_kl_target 6\.0 and kl_coef 0: it is multiplied"),
+        (
+            {"adaptive_kl_target": 6.0, "adaptive_kl_horizon": 50, "rollout_batch_size": 512},
+            "adaptive_kl_horizon 50 and rollout_batch_size 512: one iteration could take the whole price away",
+        ),
         ({"one_step_off_policy": True}, "one_step_off_policy without importance_sampling_cap: .* usually 2"),
         ({"vllm_mode": "server"}, "vllm_mode server and use_vllm false"),
     ],

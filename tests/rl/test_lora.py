@@ -140,7 +140,7 @@ def reward_adapter(policy, tokenizer, tmp_path):
 
 def test_a_reward_that_is_an_adapter_of_the_base_needs_no_second_base(make, reward_adapter, tmp_path):
     folder, whole = reward_adapter
-    trainer = make(model=str(tmp_path / "base"), reward=folder, critic="separate")
+    trainer = make(model=str(tmp_path / "base"), reward=folder, critic="separate", reward_weights=[2.0])
     learning = {n for n, p in trainer.actor_critic.policy.named_parameters() if p.requires_grad}
     assert {name.split(".")[-2] for name in learning} == {"policy", "value"}
     assert len(trainer.optimizer.param_groups) == 2
@@ -151,7 +151,7 @@ def test_a_reward_that_is_an_adapter_of_the_base_needs_no_second_base(make, rewa
         trainer.train_prompts.ids[row] + rollout.completion_ids[row, : rollout.completion_lengths[row]].tolist()
         for row in range(8)
     ]
-    assert torch.allclose(rollout.scores, last_token_scores(whole, ids), atol=1e-5)
+    assert torch.allclose(rollout.scores, 2 * last_token_scores(whole, ids), atol=1e-5)
     assert rollout.scores.std() > 0
     base = sum(p.numel() for p in whole.base_model.parameters())
     assert num_parameters < 2 * base
@@ -172,6 +172,11 @@ def test_what_lora_cannot_do_is_refused(make, make_policy, reward_adapter, rewar
         make(critic="separate", gradient_checkpointing=True)
     with pytest.raises(BadInput, match=r"peft_config has modules_to_save \['lm_head'\]"):
         make(peft_config=lora(modules_to_save=["lm_head"]))
+    for options in ({"bias": "all"}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(BadInput, match="others move the base, which is the reference"):
+            make(peft_config=lora(**options))
+    with pytest.raises(BadInput, match="1 rewards with 2 reward_weights"):
+        make(model=str(folder.parent / "base"), reward=folder, reward_weights=[1.0, 2.0])
     with pytest.raises(BadInput, match=r"peft_config is IA3Config; wanted a peft.LoraConfig"):
         make(peft_config=IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     other = make_policy()

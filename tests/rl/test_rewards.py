@@ -18,7 +18,7 @@ from lmkit.models.heads import last_token_scores
 from lmkit.rl import scorers
 from lmkit.rl.rewards import RunningNorm, make_reward
 from lmkit.rl.scorers import Batch
-from lmkit.tokenization.chat import render
+from lmkit.tokenization.chat import CHAT_TEMPLATE, render
 
 
 @pytest.fixture
@@ -161,6 +161,23 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(tokenizer, reward
     expected[2] = expected[2][:-1]
     assert expected[0] != ids[0]
     found = make(path, tokenizer)(Batch(prompts, texts, ids, {}))
+    assert torch.allclose(found, last_token_scores(reward_model, expected), atol=1e-6)
+
+
+# A template of other words between the turns, with the same stop tokens; and none.
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE.replace("'<|im_start|>' +", "'<|im_start|> w9 ' +"), None])
+def test_a_reward_model_with_another_template_scores_the_text(tokenizer, reward_model, tmp_path, template):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    reward_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = template
+    prompts, texts = ["w1", "w3 w12"], ["w2", "w4 w5"]
+    ids, expected = (
+        [[i for part in render(t, *pair) for i in part] for pair in zip(prompts, texts)] for t in (plain, tokenizer)
+    )
+    assert ids != expected
+    found = make(tmp_path, plain)(Batch(prompts, texts, ids, {}))
     assert torch.allclose(found, last_token_scores(reward_model, expected), atol=1e-6)
 
 

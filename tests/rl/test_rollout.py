@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lmkit.generation.sampler import Completions
-from lmkit.rl.rollout import by_length, collect, completion_ids, unscored
+from lmkit.rl.rollout import by_length, collect, completion_ids, unscored, values_after
 
 PROMPTS = [[11, 12, 13], [21], [31, 32]]
 # Token 3 is the pad id, 2 a stop token; row 1 has both inside and at its end.
@@ -50,6 +52,16 @@ def test_counted_numbers_go_back_to_their_places(rollout):
 def test_groups_have_rows_of_like_length_and_every_row_once(rollout):
     groups = by_length(rollout, 2)
     assert [group.tolist() for group in groups] == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("reasons", [["stop"] * 3, ["stop", "stop", "length"], ["length"] * 3])
+def test_the_value_after_is_asked_for_where_a_completion_was_cut_off(rollout, reasons):
+    def forward(input_ids, before, targets):
+        return None, torch.arange(1.0, len(targets) + 1)
+
+    found = values_after(replace(rollout, finish_reasons=reasons), forward, batch_size=1)
+    after = [len(completion) + 1.0 for completion in COMPLETIONS]  # one value more than the row has tokens
+    assert found.tolist() == [value * (reason == "length") for value, reason in zip(after, reasons)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -76,7 +76,9 @@ def test_first_ratio_in_bfloat16_stays_near_1(make):
         lambda module, *_: implementations.append(module.config._attn_implementation)
     )
     trainer.train()
-    assert set(implementations) == {"lmkit", "eager"}  # the faster attention, and the one for decoding
+    # The faster attention, which knows no padding; the one for prompts of several lengths, and the one for decoding.
+    assert set(implementations) == {"lmkit", "sdpa", "eager"}
+    assert max(row["sampling/logprob_diff_max"] for row in logged(trainer)) < 0.1
     assert trainer.actor_critic.policy.config._attn_implementation == "sdpa"
     assert max(row["val/first_ratio_error"] for row in logged(trainer)) < 2e-2
     assert {p.dtype for p in trainer.actor_critic.parameters()} == {torch.float32}
@@ -278,6 +280,27 @@ def test_what_looks_broken_is_said_once(make):
 def test_what_cannot_work_is_refused_before_training(make, options, message):
     with pytest.raises(BadInput, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_critic_that_is_the_reward_model_itself_is_refused(make, reward_model, several):
+    reward = [count_wanted, reward_model] if several else reward_model
+    with pytest.raises(BadInput, match="value_model is the policy or a reward model itself"):
+        make(reward=reward, value_model=reward_model, critic="separate")
+
+
+def test_a_reward_is_given_plain_lists(make):
+    """What a server is sent as JSON, and a tokenizer takes."""
+    given = []
+
+    def reward(prompts, completions, **columns):
+        given.append(json.loads(json.dumps({"prompts": prompts, "completions": completions, **columns})))
+        return [0.0] * len(prompts)
+
+    make(iterations=1, reward=reward).train()
+    assert all(
+        row in ROWS for row in ({"prompt": p, "wanted": w} for p, w in zip(given[0]["prompts"], given[0]["wanted"]))
+    )
 
 
 def test_without_eval_dataset_there_is_nothing_to_evaluate(make):

@@ -68,12 +68,21 @@ def test_running_statistics_are_resumed_to_the_bit(make):
 
 
 def test_several_rewards_are_each_reported(make):
-    trainer = make(reward=[count_wanted, hundreds], reward_weights=[2.0, 0.0])
+    drawn = []
+
+    def recorded(prompts, completions, wanted):
+        drawn.append(completions)
+        return hundreds(prompts, completions, wanted)
+
+    trainer = make(reward=[count_wanted, recorded], reward_weights=[2.0, 0.0])
     trainer.train()
     last = logged(trainer)[-1]
     assert last["objective/scores"] == pytest.approx(2 * last["reward/count_wanted_mean"])
-    assert last["reward/hundreds_mean"] > 100
-    assert last["reward/hundreds_std"] >= 0
+    own = torch.tensor([100.0 + 50 * len(completion) for completion in drawn[-1]])
+    name = recorded.__qualname__
+    assert last[f"reward/{name}_mean"] == pytest.approx(own.mean().item())
+    assert own.std() > 0
+    assert last[f"reward/{name}_std"] == pytest.approx(own.std(correction=0).item(), rel=1e-4)
 
 
 def test_a_reward_that_breaks_later_loses_no_iteration(make):

@@ -18,6 +18,7 @@ from lmkit.rl.update import (
     make_optimizer,
     micro_batch_loss,
     mini_batches,
+    paid_metrics,
     update,
 )
 
@@ -187,15 +188,55 @@ def test_all_rows_without_a_stop_token_still_learn(model, rollout):
     assert not torch.equal(parameters(model), before)
 
 
-def test_entropy_bonus_and_dual_clip_do_something(model, rollout):
-    results = []
-    old = replace(rollout, logprobs=(rollout.logprobs - 1.5) * rollout.mask)  # ratios of e^1.5
-    for options in ({}, {"entropy_coef": 0.5}, {"dual_clip": 1.5}):
-        own = copy.deepcopy(model)
-        run(own, old, config(num_ppo_epochs=1, **options))
-        results.append(parameters(own))
-    assert not torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+def test_the_entropy_bonus_adds_the_gradient_that_raises_entropy(model, rollout):
+    own = copy.deepcopy(model)
+    _, _, entropies = own(*rollout.model_inputs(), 1.0, True)
+    (-0.5 * entropies.mean()).backward()
+    added = gradient(model, rollout, config(entropy_coef=0.5)) - gradient(model, rollout, config())
+    assert torch.allclose(added, flat_gradient(own), rtol=1e-3, atol=1e-6)
+
+
+def test_beyond_dual_clip_a_negative_advantage_has_no_gradient(model, rollout):
+    old = replace(rollout, logprobs=(rollout.logprobs - 1.5) * rollout.mask, scores=-rollout.scores.abs())  # ratios 4.5
+    given = torch.full(rollout.mask.shape, -1.0) * rollout.mask, torch.zeros(rollout.mask.shape), rollout.mask
+    for dual_clip, moves in ((None, True), (1.5, False)):
+        own, args = copy.deepcopy(model), config(vf_coef=0.0, dual_clip=dual_clip)
+        micro_batch_loss(old, torch.arange(ROWS), *given, own, args, 0.0, "cpu")[0].backward()
+        assert bool(flat_gradient(own).abs().max() > 1e-3) == moves
+
+
+def test_a_value_is_clipped_where_it_has_no_gradient(rollout):
+    """Old value 0, new 0.5, clip 0.2: for a return of 1 the error counts from 0.2, for 0 from 0.5."""
+    counts, zeros = rollout.mask, torch.zeros(rollout.mask.shape)
+    num = int(counts.sum())
+    near = 0.05 + 0.15 * torch.randn(counts.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    for old, new, wanted, clipped in ((zeros, 0.5, 1.0, num), (zeros, 0.5, 0.0, 0), (near, 0.05, 0.06, 0)):
+        values = torch.full((num,), new)
+        given = zeros, torch.full(counts.shape, wanted), counts
+        part = replace(rollout, values=old)
+        model = lambda *_, values=values: (rollout.logprobs[counts], values, None)  # noqa: E731
+        _, sums = micro_batch_loss(part, torch.arange(ROWS), *given, model, config(), 0.0, "cpu")
+        assert sums["value_clipped"] == clipped
+
+
+@pytest.mark.parametrize(
+    ("options", "score", "other"),
+    [
+        ({"kl_coef": 0.1}, 2.0, -0.1 * 0.3),
+        ({"kl_coef": 0.1, "kl_placement": "loss", "kl_estimator": "k2"}, 2.0, 0.0),
+        ({"kl_coef": 0.1, "truncation": "bootstrap", "missing_eos_penalty": 0}, 1.0, -0.1 * 0.3),
+        ({"kl_coef": 0.1, "truncation": "mask", "missing_eos_penalty": 0}, 2.0, -0.1 * 0.2),
+    ],
+)
+def test_what_completions_are_paid_by_hand(options, score, other):
+    """Two completions of 2 and 4 tokens with scores 2 and 3, each token 0.1 nats from the reference, the second cut."""
+    lengths = torch.tensor([2, 4])
+    mask = torch.arange(4) < lengths[:, None]
+    drawn = Completions(torch.ones(2, 4, dtype=torch.long), lengths, -1.0 * mask, ["stop", "length"])
+    scored = {"logprobs": -1.0 * mask, "ref_logprobs": -1.1 * mask, "scores": torch.tensor([2.0, 3.0])}
+    found = paid_metrics(replace(unscored([[5], [5]], drawn), **scored), config(**options), 0.1)
+    assert found["objective/non_score_reward"] == pytest.approx(other, abs=1e-6)
+    assert found["objective/rlhf_reward"] == pytest.approx(score + other, abs=1e-6)
 
 
 def test_a_number_that_is_not_finite_stops_before_the_step(model, rollout):
