@@ -4,14 +4,14 @@ Reads   --model and --prompts, completions of each, labelled by --labeler; or --
 Writes  output_dir/data: a DatasetDict (train, heldout; no prompt in both) of prompt, chosen, rejected
 
 A labeler scores completions; a simulated annotator prefers one of two with probability sigmoid(gap of scores /
-temperature) and errs in a share `flip` of the labels. The columns score_chosen and score_rejected are for the record;
-nothing trains on them. With `--labeler people` the stage writes output_dir/pairs.jsonl, stops for `lmkit label`, and
-the same command goes on once all pairs are answered.
+temperature) and errs in a share `flip` of the labels; score_chosen and score_rejected are for the record alone. With
+`--labeler people` the stage writes output_dir/pairs.jsonl, stops for `lmkit label`, and goes on once all are answered.
 
     python recipes/preferences.py --num_pairs 50 --labeler people
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,8 @@ GOLD = "lmkit.evaluation.label:gold"
 class PreferencesConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/preferences"), "where the stage writes")
     data: str | list[str] | None = source(None, "given pairs (prompt, chosen, rejected); empty: sample and label")
-    mapping: dict[str, str] = setting({}, "columns of the files to prompt, chosen and rejected, where not recognised")
-    on_bad: Literal["error", "skip"] = setting("error", "given pairs that are none: an error above 1 %, or skipped")
+    mapping: dict[str, str] = setting({}, "columns of data or prompts to prompt, chosen, rejected, if not recognised")
+    on_bad: Literal["error", "skip"] = setting("error", "bad rows of data or prompts: an error above 1 %, or skipped")
     model: Path | None = source(Path("runs/tiny/sft/model"), "model whose completions are compared")
     prompts: str | list[str] = source("data/tales/prompts.train.jsonl.gz", "prompts to sample for")
     num_pairs: int = setting(5300, "pairs to sample, ties included; prompts are used again when they run out", gt=1)
@@ -90,28 +90,28 @@ def sample_pairs(config: PreferencesConfig, stage: Stage, state):
         return people_labelled(to_label, stage.say)
     score = scorer(config.labeler, state.device) if config.labeler else None
     model, tokenizer = load_language_model(config.model, state.device)
-    available, k = load_prompts(config.prompts)["prompt"], config.num_generations
+    available, k = load_prompts(config.prompts, config.mapping, config.on_bad)["prompt"], config.num_generations
     num_prompts = -(-config.num_pairs // (k * (k - 1) // 2))
     prompts = [available[i % len(available)] for i in range(num_prompts) for _ in range(k)]
-    kept = stage.directory / "completions"
-
-    shown = {"report_to": config.report_to, "description": stage.name}
-    with Tracker(stage.directory, total_steps=len(prompts), **shown) as tracker:
+    kept, total = stage.directory / "completions", len(prompts)
+    with Tracker(stage.directory, total_steps=total, report_to=config.report_to, description=stage.name) as tracker:
 
         def progress(done: int, tokens: int) -> None:
             tracker.log(done, {"completions": done}, tokens=tokens)
             if stage.stop_requested():
-                raise Interrupted(f"stopped after {done} of {len(prompts)} completions, which are kept.")
+                raise Interrupted(f"stopped after {done} of {total} completions, which are kept.")
 
         options = config.model_dump(include={"max_new_tokens", "temperature", "batch_size", "seed"})
         completions = complete_shared(model, tokenizer, prompts, state=state, progress=progress, keep=kept, **options)
     texts, pairs = [completion.text for completion in completions], pairs_of(num_prompts, k, config.num_pairs)
+    cut = {completion.text for completion in completions if not completion.finished}
     if score is None:
         if is_main():
-            write_pairs(to_label, prompts, texts, pairs)
+            write_pairs(to_label, prompts, texts, pairs, cut)
             shutil.rmtree(kept)
         raise Interrupted(f"{to_label} is ready. Label its pairs: `lmkit label {to_label} --annotator NAME`.")
-    rows, facts = label_pairs(prompts, texts, pairs, score, config.annotator_temperature, config.flip, config.seed)
+    score = partial(score, cut_off=cut) if Path(config.labeler).is_dir() else score
+    rows, facts = label_pairs(prompts, texts, pairs, score, config.annotator_temperature, config.flip, config.seed, cut)
     means = {"eos_rate": [c.finished for c in completions], "completion_tokens": [len(c.ids) for c in completions]}
     return rows, facts | {name: sum(values) / len(values) for name, values in means.items()}
 

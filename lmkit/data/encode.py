@@ -29,7 +29,7 @@ def encode_demonstrations(
     """Columns `input_ids` and `labels` from `prompt` and `completion` (texts or messages), and counts.
 
     Labels are the ids themselves on the completion, its stop token included, and -100 on the prompt, but for the
-    assistant's earlier turns where `assistant_only_loss` counts those too. A row longer than `max_length` is dropped;
+    assistant's earlier answers where `assistant_only_loss` counts those too. A row longer than `max_length` is dropped;
     with "error" more than 1 % of them is BadInput, with "cut" such a row keeps its first `max_length` ids, and is
     dropped only when no completion token is among them. BadInput when no row is left that teaches the model to stop.
     """
@@ -60,10 +60,14 @@ def encode_demonstrations(
 
 
 def _assistant_labels(tokenizer: PreTrainedTokenizerBase, prompt: Any, prompt_ids: list[int]) -> list[int]:
-    """Labels of a prompt's ids: the assistant's turns in it, each with its stop token, and -100 elsewhere."""
+    """Labels of a prompt's ids: the assistant's answers in it, each with its stop token, and -100 elsewhere.
+
+    A turn that opens the conversation or follows another one of the assistant answers nothing: `render` has no prompt
+    that asks for it, so no stage ever would.
+    """
     labels = [-100] * len(prompt_ids)
     for number, message in enumerate([] if isinstance(prompt, str) else prompt):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number == 0 or prompt[number - 1]["role"] == "assistant":
             continue
         before, answer = render(tokenizer, prompt[:number], message["content"])
         if prompt_ids[: len(before) + len(answer)] != before + answer:
@@ -84,7 +88,8 @@ def encode_pairs(
 ) -> tuple[Dataset, dict[str, int]]:
     """Columns `chosen_ids`, `rejected_ids` and `row` from `prompt`, `chosen` and `rejected`, and counts.
 
-    row: the number of the row a pair came from. margin: a column with how much better the chosen completion is; it
+    row: the number of the row a pair came from. A completion that is in its row's list `cut_off`, where there is such a
+    column, has no stop token. margin: a column with how much better the chosen completion is; it
     becomes the column `margin`, by which TRL's loss wants the scores to differ. BadInput names a row that has none.
     A pair with a sequence longer than `max_length` is dropped ("cut" is not offered: a reward model scores the stop
     token); with "error" more than 1 % of them is BadInput. Pairs of one same completion are dropped and counted.
@@ -95,7 +100,10 @@ def encode_pairs(
     prompts, chosen, rejected = (rows[name][:] for name in ("prompt", "chosen", "rejected"))
     margins = None if margin is None else [_number(value, margin, n) for n, value in enumerate(rows[margin])]
     rendered = zip(render_all(tokenizer, prompts, chosen), render_all(tokenizer, prompts, rejected))
+    open_ended = rows["cut_off"][:] if "cut_off" in rows.column_names else [()] * len(rows)
     for number, ((prompt_ids, chosen_ids), (_, rejected_ids)) in enumerate(rendered):
+        chosen_ids = chosen_ids[:-1] if chosen[number] in open_ended[number] else chosen_ids
+        rejected_ids = rejected_ids[:-1] if rejected[number] in open_ended[number] else rejected_ids
         lengths.append(len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)))
         num_long += lengths[-1] > max_length
         num_equal += chosen_ids == rejected_ids

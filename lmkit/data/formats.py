@@ -199,7 +199,8 @@ def _unknown(rows: Dataset, wanted: tuple[str, ...], what: str, source: str) -> 
     hint = " Rows of `text` alone are for pretraining." if names == ["text"] else ""
     return BadInput(
         f"{source} has the columns {', '.join(names)}, which are no form of {what} known here.{hint} "
-        f"Wanted {', '.join(wanted)}. Say which column is which, for example  mapping: {{{example}}}"
+        f"Wanted {', '.join(wanted)}. Rename the columns in the file, or, in sft and preferences, say which is which, "
+        f"for example  mapping: {{{example}}}"
     )
 
 
@@ -228,7 +229,7 @@ def _convert(
     if refused:
         shown = [f"{where(number)}  {reason}" for number, reason in refused[:3]]
         if not kept or (on_bad == "error" and len(refused) > MAX_LOST * len(rows)):
-            hint = " Mend them, or leave them out: sft and preferences take --on_bad skip." if kept else ""
+            hint = " Mend them in the file; sft and preferences can leave them out: --on_bad skip." if kept else ""
             found = f"{len(refused):,} of {len(rows):,} rows cannot be used"
             raise BadInput(f"{source}: {found}; {'; '.join(shown)}.{hint}")
         warnings.warn(f"{source}: left out {len(refused)} of {len(rows):,} rows; {shown[0]}", stacklevel=3)
@@ -313,17 +314,24 @@ def _is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
-def _prompt(value: Any) -> str | Messages:
+def _prompt(value: Any, answered: bool = False) -> str | Messages:
     """A prompt that asks for an answer: a text, or a conversation that ends with the user's turn."""
     if isinstance(value, str) and not _is_transcript(value):
         if not value.strip():
             raise _Refused("has an empty prompt")
         return value
-    return _open_prompt(_transcript(value) if isinstance(value, str) else _messages(value))
+    return _open_prompt(_transcript(value) if isinstance(value, str) else _messages(value), answered)
 
 
-def _open_prompt(messages: Messages) -> Messages:
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _open_prompt(messages: Messages, answered: bool = False) -> Messages:
+    """The turns before a last one of the assistant; where `answered`, by text elsewhere, that one must be empty."""
+    if messages and messages[-1]["role"] == "assistant":
+        if answered and (words := messages[-1]["content"]).strip():
+            raise _Refused(
+                f"has a prompt that ends with the assistant's turn {words[:60]!r} beside its answer; wanted "
+                "a prompt that ends with the user's turn. Move that turn into the completion (or chosen and rejected)"
+            )
+        messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
         raise _Refused("has no user turn to answer")
     return messages
@@ -342,7 +350,7 @@ def _text(value: Any) -> str:
 
 
 def _pair(prompt: Any, completion: Any) -> Row:
-    return {"prompt": _prompt(prompt), "completion": _target(_text(completion))}
+    return {"prompt": _prompt(prompt, answered=True), "completion": _target(_text(completion))}
 
 
 def _target(completion: str) -> str:
@@ -363,11 +371,12 @@ def _answers(prompt: Any, row: Row) -> Row:
     if not (_is_whole(chosen) and _is_whole(rejected)):
         if prompt is None:
             raise _Refused("has no prompt, and its chosen and rejected are not whole conversations")
-        return {"prompt": _prompt(prompt), "chosen": _text(chosen), "rejected": _text(rejected)}
+        return {"prompt": _prompt(prompt, answered=True), "chosen": _text(chosen), "rejected": _text(rejected)}
     chosen, rejected = (_transcript(v) if isinstance(v, str) else _messages(v) for v in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
         raise _Refused("has a chosen and a rejected conversation that differ before their last turn")
-    return {"prompt": _open_prompt(chosen[:-1]), "chosen": _text(chosen[-1:]), "rejected": _text(rejected[-1:])}
+    prompt = _open_prompt(chosen[:-1], answered=True)
+    return {"prompt": prompt, "chosen": _text(chosen[-1:]), "rejected": _text(rejected[-1:])}
 
 
 def _is_whole(value: Any) -> bool:

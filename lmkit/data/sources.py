@@ -143,6 +143,18 @@ def load_demonstrations(
     return _load(to_prompt_completion, source, mapping, on_bad)
 
 
+def hold_out(rows: Dataset, held_out: Dataset | None, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to learn from and held-out ones: those given, or a random share of the rows; BadInput for a single row."""
+    if held_out is not None:
+        return rows, held_out
+    if len(rows) < 2:
+        raise BadInput(
+            f"{len(rows)} row: nothing is left to learn from beside what is held out. Give more rows, or --eval_data."
+        )
+    learnt, held_out = rows.train_test_split(fraction, seed=seed).values()
+    return learnt, held_out
+
+
 def load_pairs(
     source: Source | list[Source], mapping: Mapping[str, str] | None = None, on_bad: OnBad = "error"
 ) -> Dataset:
@@ -171,9 +183,10 @@ def check_rows(stage: str, config: Any) -> None:
         "ppo": {"prompts": load_prompts, "eval_prompts": load_prompts},
         "evaluation": {"prompts": load_prompts},
     }
+    options = {name: getattr(config, name) for name in ("mapping", "on_bad") if hasattr(config, name)}
     for field, read in readers.get(stage, {}).items():
         if (value := getattr(config, field)) is not None:
-            read(value, config.mapping if field.endswith("data") else None, getattr(config, "on_bad", "error"))
+            read(value, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ finding

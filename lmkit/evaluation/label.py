@@ -4,7 +4,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,13 @@ def _reward_model_scorer(path: Path, device: Any) -> Scorer:
 
     model, tokenizer = load_reward_model(path, device)
 
-    def score(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    def score(prompts: Sequence[Any], completions: Sequence[str], cut_off: Collection[str] = ()) -> list[float]:
         parts = [render(tokenizer, prompt, completion) for prompt, completion in zip(prompts, completions)]
-        return completion_scores(model, *map(list, zip(*parts))).tolist()
+        ids = [[*map(list, parts)] for parts in zip(*parts)]
+        for row, completion in enumerate(completions):
+            if completion in cut_off:  # it has no end to be judged by
+                ids[1][row] = ids[1][row][:-1]
+        return completion_scores(model, *ids).tolist()
 
     return score
 
@@ -97,13 +101,15 @@ def label_pairs(
     temperature: float,
     flip: float,
     seed: int,
+    cut_off: Collection[str] = (),
 ) -> tuple[Dataset, dict[str, float]]:
     """Labelled pairs of completions, and facts about the labels.
 
-    prompts, completions: [N], side by side. pairs: [P, 2], numbers of completions. Returns rows of prompt, chosen,
-    rejected, score_chosen and score_rejected without ties; the facts are `ties` and `ceiling`, the expected accuracy of
-    a scorer that agrees with `score`, which is what a reward model can reach. BadInput when all pairs are ties, or when
-    `score` gives anything but one finite number for each completion.
+    prompts, completions: [N], side by side. pairs: [P, 2], numbers of completions. cut_off: those that end where
+    sampling was ended. Returns rows of prompt, chosen, rejected, score_chosen and score_rejected without ties, and
+    where anything was cut off the list cut_off, which the reward stage leaves open; the facts are `ties` and `ceiling`,
+    the expected accuracy of a scorer that agrees with `score`, which is what a reward model can reach. BadInput when
+    all pairs are ties, or when `score` gives anything but one finite number for each completion.
     """
     scores = _checked(score, prompts, completions)[pairs]
     chosen, kept = prefer(scores, temperature, flip, seed)
@@ -117,10 +123,16 @@ def label_pairs(
             "score_chosen": both[one],
             "score_rejected": both[1 - one],
         }
+        | _cut(cut_off, completions, pair)
         for pair, one, both in zip(pairs[kept], chosen[kept], scores[kept])
     ]
     ceiling = expected_accuracy(scores[kept, 0] - scores[kept, 1], temperature, flip)
     return Dataset.from_list(rows), {"ties": int((~kept).sum()), "ceiling": ceiling}
+
+
+def _cut(cut_off: Collection[str], completions: Sequence[str], pair: Sequence[int]) -> dict[str, list[str]]:
+    """The column of that name, where anything was cut off."""
+    return {"cut_off": [completions[n] for n in pair if completions[n] in cut_off]} if cut_off else {}
 
 
 def _checked(score: Scorer, prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
@@ -137,10 +149,16 @@ def _checked(score: Scorer, prompts: Sequence[Any], completions: Sequence[str]) 
     return scores
 
 
-def write_pairs(path: Path, prompts: Sequence[Any], completions: Sequence[str], pairs: np.ndarray) -> None:
-    """Writes pairs for people to compare, as `lmkit.label.store` reads them; two equal completions are no pair."""
+def write_pairs(
+    path: Path, prompts: Sequence[Any], completions: Sequence[str], pairs: np.ndarray, cut_off: Collection[str] = ()
+) -> None:
+    """Writes pairs for people to compare, as `lmkit.label.store` reads them; two equal completions are no pair.
+
+    cut_off: as in `label_pairs`; the column travels with the row.
+    """
     rows = [
         {"prompt": prompts[one], "completions": [completions[one], completions[other]]}
+        | _cut(cut_off, completions, (one, other))
         for one, other in pairs
         if completions[one] != completions[other]
     ]

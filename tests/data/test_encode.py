@@ -103,6 +103,20 @@ def test_every_turn_of_the_assistant_is_learnt_where_asked(tokenizer):
     assert encode_demonstrations(texts, tokenizer, 200, assistant_only_loss=True)[0]["labels"][0][0] == -100
 
 
+@pytest.mark.parametrize("first", [[], [{"role": "user", "content": "Name a fox."}]])
+def test_a_turn_of_the_assistant_that_answers_nothing_is_context_alone(tokenizer, first):
+    """One that opens the conversation, and the second of two; what is learnt is otherwise the same."""
+    talk = [*first, *({"role": "assistant", "content": words} for words in ("Ida.", "Or Una.")), *CONVERSATION[1:]]
+    rows = Dataset.from_list([{"prompt": talk, "completion": "Bea."}])
+    encoded = encode_demonstrations(rows, tokenizer, max_length=300, assistant_only_loss=True)[0][0]
+    asked = [n for n, turn in enumerate(talk) if turn["role"] == "user" and n + 1 < len(talk)]
+    answers = [render(tokenizer, talk[: n + 1], talk[n + 1]["content"])[1] for n in asked]
+    answers.append(render(tokenizer, talk, "Bea.")[1])
+    assert len(answers) == len(first) + 2
+    assert [label for label in encoded["labels"] if label != -100] == [i for ids in answers for i in ids]
+    assert encoded["input_ids"] == encode_demonstrations(rows, tokenizer, max_length=300)[0][0]["input_ids"]
+
+
 def test_a_template_that_rewrites_earlier_turns_cannot_teach_them(tokenizer):
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = (

@@ -35,6 +35,7 @@ def rows(*items: dict) -> Dataset:
         ({"instruction": "Hi", "output": "Hello", "system": "", "history": []}, "Hi", "Hello"),
         ({"question": "Hi", "answer": "Hello"}, "Hi", "Hello"),
         ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": "Hello"}, [USER], "Hello"),
+        ({"prompt": [USER, {"role": "assistant", "content": " \n"}], "completion": "Hello"}, [USER], "Hello"),
     ],
 )
 def test_demonstrations(row, prompt, completion):
@@ -157,7 +158,7 @@ def test_bad_mappings(mapping, message):
         (to_prompt_completion, {"text": "1"}, "alone are for pretraining"),
         (to_prompt_completion, {"prompt": "1"}, r"mapping: {prompt: prompt, completion: COLUMN}"),
         (to_preferences, {"prompt": "1", "good": "2", "bad": "3"}, r"{prompt: prompt, chosen: good, rejected: bad}"),
-        (to_prompts, {"query": "1"}, r"mapping: {prompt: query}"),
+        (to_prompts, {"query": "1"}, r"Rename the columns .* in sft and preferences, .* mapping: {prompt: query}"),
     ],
 )
 def test_unknown_columns_name_what_was_found_and_the_mapping_to_write(convert, row, message):
@@ -189,13 +190,42 @@ def test_rows_that_do_not_fit(convert, row, message):
         convert(rows(row))
 
 
+@pytest.mark.parametrize(
+    ("convert", "row"),
+    [
+        (to_prompt_completion, {"prompt": [USER, HELLO], "completion": "Bye"}),
+        (to_prompt_completion, {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello", "completion": "Bye"}),
+        (to_preferences, {"prompt": [USER, HELLO], "chosen": "a", "rejected": "b"}),
+        (to_preferences, {"conversations": SHAREGPT, "chosen": "a", "rejected": "b"}),
+        (to_preferences, {"chosen": [USER, HELLO, HELLO], "rejected": [USER, HELLO, BYE]}),
+    ],
+)
+def test_words_of_the_assistant_before_its_answer_are_refused_not_lost(convert, row):
+    with pytest.raises(
+        BadInput, match=r"ends with the assistant's turn 'Hello'.*wanted.*Move that turn into the compl"
+    ):
+        convert(rows(row))
+
+
+def test_prompts_are_what_stands_before_the_last_answer():
+    assert to_prompts(rows({"prompt": [USER, HELLO]}))["prompt"] == [[USER]]
+    assert to_prompts(rows({"messages": [USER, HELLO, USER, BYE]}))["prompt"] == [[USER, HELLO, USER]]
+
+
+def test_a_pair_of_single_turns_of_a_user_has_no_prompt():
+    with pytest.raises(BadInput, match="no user turn to answer"):
+        to_preferences(rows({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}))
+
+
 def test_few_bad_rows_are_left_out_and_more_are_an_error():
     good, bad = {"prompt": "Hi", "completion": "Hello", "id": 1}, {"prompt": "", "completion": "Hello", "id": 2}
     with pytest.warns(UserWarning, match="left out 1 of 100 rows; row 3  has an empty prompt"):
         made = to_prompt_completion(rows(good, good, bad, *[good] * 97))
     assert set(made["id"]) == {1}
     assert len(made) == 99
-    with pytest.raises(BadInput, match=r"2 of 100 rows cannot be used; row 1 .*; row 2 .*--on_bad skip"):
+    with pytest.raises(
+        BadInput, match=r"2 of 100 .*; row 1 .*; row 2 .* in the file; sft and preferences .*--on_bad skip"
+    ):
         to_prompt_completion(rows(bad, bad, *[good] * 98))
     with pytest.warns(UserWarning, match="left out 98 of 100 rows"):
         assert len(to_prompt_completion(rows(good, good, *[bad] * 98), on_bad="skip")) == 2

@@ -40,6 +40,22 @@ def nano(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reward_model(nano, tmp_path_factory):
+    """The directory of a reward model whose scores are drawn."""
+    import torch
+
+    from lmkit.models.load import load_reward_model
+
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    model, tokenizer = load_reward_model(nano / "model")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pairs(nano):
     """A file of given pairs."""
     rows = [json.loads(line) for line in (nano / "sft.jsonl").read_text().splitlines()]

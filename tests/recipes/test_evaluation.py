@@ -11,19 +11,6 @@ from lmkit.models.load import load_reward_model
 from lmkit.tracking import read_jsonl
 
 
-@pytest.fixture(scope="module")
-def reward_model(nano, tmp_path_factory):
-    import torch
-
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    model, tokenizer = load_reward_model(nano / "model")
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def config(nano, reward_model, directory, **changes):
     values = {name: nano / "model" for name in ("base", "sft", "ppo")}
     values |= {"output_dir": directory, "reward": reward_model, "shards": nano / "shards", "best_of": 4}

@@ -1,14 +1,21 @@
 """The preferences stage at nano size: sampled and labelled pairs, given pairs, and the split by prompt."""
 
+import json
+
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from preferences import PreferencesConfig, main
 
+from lmkit.data.encode import encode_pairs
+from lmkit.data.sources import check_rows
 from lmkit.errors import BadInput, Interrupted
 from lmkit.generation import complete as complete_module
-from lmkit.generation.complete import complete_shared
+from lmkit.generation.complete import complete, complete_shared
 from lmkit.label.store import Answers, answers_path, read_pairs
+from lmkit.models.heads import last_token_scores
+from lmkit.models.load import load_reward_model
 from lmkit.stage import Stage, read_record
+from lmkit.tokenization.chat import render
 
 
 def config(nano, directory, **changes):
@@ -17,12 +24,18 @@ def config(nano, directory, **changes):
         "model": nano / "model",
         "prompts": str(nano / "prompts.train.jsonl"),
         "num_pairs": 20,
-        "max_new_tokens": 12,
+        "max_new_tokens": 48,
         "heldout_fraction": 0.25,
         # An untrained model writes no stories: gold would make every pair a tie.
         "labeler": "test_preferences_scores:score",
     }
     return PreferencesConfig(**(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def stops(monkeypatch):
+    """Every eighth token ends a completion, for an untrained model seldom draws the one that does."""
+    monkeypatch.setattr(complete_module, "stop_token_ids", lambda tokenizer: list(range(0, 512, 8)))
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +55,51 @@ def test_pairs_are_sampled_labelled_and_divided_by_prompt(nano, tmp_path, capsys
     assert not set(data["train"]["prompt"]) & set(data["heldout"]["prompt"])
     metrics = read_record(directory)["metrics"]
     assert len(data["train"]) + len(data["heldout"]) + metrics["ties"] == 20
-    assert metrics["ceiling"] == 1.0
+    assert (metrics["ceiling"], metrics["eos_rate"]) == (1.0, 1.0)
+    assert "cut_off" not in data["train"].column_names
     said = capsys.readouterr().out
     assert "ties" in said
     assert "chosen:" in said
+
+
+def test_a_completion_that_was_cut_off_has_no_stop_token_anywhere(nano, reward_model, tmp_path, monkeypatch):
+    """Not for the reward model that learns from the pairs, nor for one that labels them; and after people too."""
+    drawn = []
+
+    def watched(*arguments, **options):
+        drawn[:] = complete(*arguments, **options)
+        return drawn
+
+    monkeypatch.setattr(complete_module, "complete", watched)
+    directory = main(config(nano, tmp_path / "preferences", max_new_tokens=8, labeler=str(reward_model)))
+    cut = {completion.text for completion in drawn if not completion.finished}
+    assert 0 < len(cut) < len(drawn)
+    rows = [row for split in load_from_disk(str(directory / "data")).values() for row in split]
+    model, tokenizer = load_reward_model(reward_model)
+    pairs, _ = encode_pairs(Dataset.from_list(rows), tokenizer, 400)
+    for row, pair in zip(rows, pairs, strict=True):
+        for name in ("chosen", "rejected"):
+            prompt, completion = render(tokenizer, row["prompt"], row[name])
+            ids = prompt + (completion[:-1] if row[name] in cut else completion)
+            assert pair[f"{name}_ids"] == ids
+            assert last_token_scores(model, [ids]).item() == pytest.approx(row[f"score_{name}"], abs=1e-4)
+    with pytest.raises(Interrupted):
+        main(config(nano, tmp_path / "people", max_new_tokens=8, labeler="people"))
+    for pair in read_pairs(tmp_path / "people/pairs.jsonl"):
+        assert pair.columns == {"cut_off": [text for text in pair.completions if text in cut]}
+
+
+@pytest.mark.parametrize("read", ["stage", "chain"])
+def test_prompts_are_read_by_mapping_and_without_bad_rows(nano, tmp_path, read):
+    path = tmp_path / "prompts.jsonl"
+    texts = [" ", *(json.loads(line)["prompt"] for line in (nano / "prompts.train.jsonl").read_text().splitlines())]
+    path.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    given = config(nano, tmp_path / "preferences", prompts=str(path), mapping={"prompt": "query"})
+    start = main if read == "stage" else lambda config: check_rows("preferences", config)
+    with pytest.raises(BadInput, match=r"1 of 13 rows cannot be used.*has an empty prompt.*--on_bad skip"):
+        start(given)
+    with pytest.warns(UserWarning, match="left out 1 of 13 rows"):
+        start(config(nano, tmp_path / "skip", prompts=str(path), mapping={"prompt": "query"}, on_bad="skip"))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(nano, tmp_path):
