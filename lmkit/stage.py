@@ -42,7 +42,7 @@ KNOBS |= {"dataloader_num_workers", "dataloader_pin_memory"}
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that verifies; a damaged one is renamed `.corrupt-*` with a warning and the next tried."""
-    return next(filter(_is_whole, _newest_first(folder)), None)
+    return next(filter(_is_whole, newest_first(folder)), None)
 
 
 def rotate(folder: Path, keep: int = 2) -> None:
@@ -50,7 +50,7 @@ def rotate(folder: Path, keep: int = 2) -> None:
 
     The newest is taken to be whole, since it was sealed a moment ago; a damaged one among the others does not count.
     """
-    for checkpoint in _newest_first(folder)[1:]:
+    for checkpoint in newest_first(folder)[1:]:
         if keep > 1:
             keep -= _is_whole(checkpoint)
         else:
@@ -59,8 +59,9 @@ def rotate(folder: Path, keep: int = 2) -> None:
             remove(trash)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(Path(folder).glob("step-*"), reverse=True)
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not; their numbers have six digits or more."""
+    return sorted(Path(folder).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _is_whole(checkpoint: Path) -> bool:

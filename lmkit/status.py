@@ -11,7 +11,7 @@ from typing import Any
 from lmkit.artifact import MANIFEST
 from lmkit.errors import CorruptInput, Interrupted
 from lmkit.rounds import CHAIN, recipe_of
-from lmkit.stage import made_from, read_record
+from lmkit.stage import made_from, newest_first, read_record
 
 FINISHED = "finished"
 
@@ -46,8 +46,8 @@ def _unfinished(directory: Path) -> str:
         state = f"ended with {ending['code']}: {ending['reason'].splitlines()[0]}"
     except (OSError, ValueError, KeyError, IndexError):
         state = "killed" if (directory / "plan.json").exists() else "unfinished"
-    checkpoints = sorted((directory / "checkpoints").glob("step-*"))
-    return f"{state}; goes on from {checkpoints[-1].name}" if checkpoints else state
+    checkpoints = newest_first(directory / "checkpoints")
+    return f"{state}; goes on from {checkpoints[0].name}" if checkpoints else state
 
 
 def next_stage(run: Path, states: dict[str, str]) -> str:

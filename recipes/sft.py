@@ -68,24 +68,24 @@ def main(config: SFTStageConfig) -> Path:
 
     from lmkit.data.encode import encode_demonstrations, short_prompts, show_counts
     from lmkit.data.formats import inspect_rows
-    from lmkit.data.sources import load_demonstrations
+    from lmkit.data.sources import hold_out, load_demonstrations
     from lmkit.generation.complete import complete
+    from lmkit.models.attention import check_documents_apart
     from lmkit.models.load import check_positions, load_language_model
     from lmkit.tokenization.chat import stop_token_ids
     from lmkit.training.lora import merged, peft_config, quantization
-    from lmkit.training.sealed import SealedCheckpoints, arguments, final_evaluation, save_model, train
+    from lmkit.training.sealed import SealedSFT, arguments, final_evaluation, save_model, train
 
-    class Trainer(SealedCheckpoints, SFTTrainer):
-        pass
+    class Trainer(SealedSFT, SFTTrainer): ...
 
     with stage:
-        rows = load_demonstrations(config.data, config.mapping, config.on_bad)
-        if config.eval_data is None:
-            rows, eval_rows = rows.train_test_split(config.eval_fraction, seed=config.seed).values()
-        else:
-            eval_rows = load_demonstrations(config.eval_data, config.mapping, config.on_bad)
+        read = lambda path: load_demonstrations(path, config.mapping, config.on_bad) if path else None  # noqa: E731
+        rows, eval_rows = read(config.data), read(config.eval_data)
+        rows, eval_rows = hold_out(rows, eval_rows, config.eval_fraction, config.seed)
         model, tokenizer = load_language_model(config.model, **quantization(config.lora))
         check_positions(model, config.max_length)
+        if config.train.get("packing"):
+            check_documents_apart(model, "position_ids")
         how = tokenizer, config.max_length, config.on_truncation, config.assistant_only_loss
         (dataset, counts), (eval_dataset, eval_counts) = (encode_demonstrations(r, *how) for r in (rows, eval_rows))
         counts |= inspect_rows(rows, eval_rows)

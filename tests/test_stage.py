@@ -122,12 +122,13 @@ def test_latest_checkpoint_falls_back_past_a_damaged_one(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "empty") is None
 
 
-def test_rotate_keeps_the_newest(tmp_path):
-    for step in (1, 2, 10):
+def test_rotate_keeps_the_newest_also_after_a_million_steps(tmp_path):
+    for step in (1, 999_900, 1_000_000):
         with seal(tmp_path / f"step-{step:06d}"):
             pass
     rotate(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1000000", "step-999900"]
+    assert latest_checkpoint(tmp_path).name == "step-1000000"
 
 
 def test_rotate_counts_only_what_is_whole(tmp_path, capsys):

@@ -13,6 +13,7 @@ from lmkit.data.shards import Shards
 from lmkit.errors import BadInput
 
 Packing = Literal["stream", "bos_bestfit", "pad"]
+MAX_LOST = 0.01  # share of the tokens that stand beyond the blocks of their documents
 WIDTHS = 16  # padded batches are a multiple of this wide: a compiled model meets few shapes
 
 
@@ -24,6 +25,7 @@ class Blocks:
     document longer than a block is divided, and every token is used. Its plan is made from the lengths of all
     documents, so that time and memory at the start grow with their number.
     packing "pad": a block is one document, cut to length, or padded to the longest of its batch; for short documents.
+    BadInput where this cuts off more than 1 % of the tokens; `num_lost` is their number.
 
     document_mask: the batch has `document_ids`, by which no token attends to another document (one document a block
     needs none). The token a document is predicted from first, the end of text before it, belongs to that document.
@@ -31,12 +33,13 @@ class Blocks:
 
     def __init__(self, shards: Shards, context_length: int, packing: Packing = "stream", document_mask: bool = False):
         self.tokens, self.context_length, self.packing = shards.tokens, context_length, packing
-        self.document_mask = document_mask and packing != "pad"
+        self.document_mask, self.num_lost = document_mask and packing != "pad", 0
         if packing == "stream":
             self.num_blocks = (len(self.tokens) - 1) // context_length
         elif packing == "pad":
             self.starts = shards.document_offsets
             self.num_blocks = len(self.starts) - 1
+            self.num_lost = int(np.maximum(np.diff(self.starts) - context_length, 0).sum())
         else:
             self.starts, self.lengths = pieces_of(shards.document_offsets, context_length)
             self.pieces, self.first = best_fit(self.lengths, context_length)
@@ -45,6 +48,12 @@ class Blocks:
             raise BadInput(
                 f"The corpus has {len(self.tokens):,} tokens, less than one block of {context_length} and its next "
                 "token. Give more text, or lower model.context_length."
+            )
+        if self.num_lost > MAX_LOST * len(self.tokens):
+            raise BadInput(
+                f"packing pad would read {context_length} tokens of each document and nothing after them: "
+                f"{self.num_lost / len(self.tokens):.1%} of the {len(self.tokens):,} tokens would be lost, more than "
+                f"{MAX_LOST:.0%}. Use --packing bos_bestfit (or stream), or a longer model.context_length."
             )
 
     def __len__(self) -> int:

@@ -31,7 +31,6 @@ class Mixture:
 
     def __init__(self, corpora: Sequence[Blocks], weights: Sequence[float], seed: int):
         self.corpora, self.seed = corpora, seed
-        self.num_tokens = sum(len(corpus.tokens) for corpus in corpora)
         self.num_samples = len(corpora[0]) if len(corpora) == 1 else None
         weights = np.array(weights or [len(corpus) for corpus in corpora], float)
         if len(weights) != len(corpora):
@@ -46,6 +45,13 @@ class Mixture:
 
     def __len__(self) -> int:
         return sum(map(len, self.corpora))
+
+    def size(self) -> str:
+        """The tokens that are taught, in words, and those that are not."""
+        num_lost = sum(corpus.num_lost for corpus in self.corpora)
+        taught = sum(len(corpus.tokens) for corpus in self.corpora) - num_lost
+        beyond = f" ({num_lost:,} more are beyond their blocks)" if num_lost else ""
+        return f"{taught:,} tokens in {len(self):,} blocks of {self.corpora[0].context_length}{beyond}"
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Corpus and block [N] read at the positions [N], counted from the start of training."""

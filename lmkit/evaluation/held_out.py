@@ -103,12 +103,7 @@ class HeldOut:
         stops = stop_token_ids(self.tokenizer)
         prompts = [[], *(self.tokens[start:end].tolist() for start, end in zip(starts, ends))]
         options = {"max_new_tokens": room, "stop_token_ids": stops, "generator": torch.Generator().manual_seed(seed)}
-        before = model.config._attn_implementation
-        model.set_attn_implementation("sdpa")
-        try:
-            drawn = sample(model, [[stops[-1], *prompt] for prompt in prompts], **options)
-        finally:
-            model.set_attn_implementation(before)
+        drawn = sample(model, [[stops[-1], *prompt] for prompt in prompts], **options)
         texts = [
             [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (p, drawn.ids(row))]
             for row, p in enumerate(prompts)

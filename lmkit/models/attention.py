@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from lmkit.errors import BadInput
 
 NAME = "lmkit"
 BLOCK = 128  # queries whose products stay in a CPU's cache
+PROBE_TOKENS = 4  # of a document by which `check_documents_apart` asks
 MAX_IN_BLOCKS = 1024  # longer rows are left to the fused kernel, which keeps no T x T / 2 weights for the backward
 
 
@@ -103,6 +105,50 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def check_documents_apart(model: PreTrainedModel, by: Literal["document_ids", "position_ids"]) -> None:
+    """Raises BadInput where a document in a packed row is read otherwise than alone; asked by a few tokens.
+
+    by: how the model is told of documents: "document_ids" with positions that begin again at each, as pretraining does
+    inside `packed_attention`, or such "position_ids" alone in its own attention, as SFT does.
+    """
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids = torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 3 * length, device=model.device)
+    first, other, second = ids.long().split(length)
+
+    def states(*documents: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, D] of the documents in one row."""
+        place = torch.arange(length * len(documents), device=model.device)[None]
+        told = {"position_ids": place % length}
+        if by == "document_ids":
+            told["document_ids"] = place // length
+        row = torch.cat(documents)[None]
+        return model.base_model(input_ids=row, use_cache=False, **told).last_hidden_state[0]
+
+    training = model.training
+    model.eval()
+    try:
+        with packed_attention(model) if by == "document_ids" else contextlib.nullcontext():
+            after, after_other, alone = states(first, second), states(other, second), states(second)
+    finally:
+        model.train(training)
+    # In parts of what other tokens change in their own document, so that the scale of the weights is none of it.
+    scale = (after[:length] - after_other[:length]).abs().max()
+    seen, moved = ((after[length:] - same).abs().max() / scale for same in (after_other[length:], alone))
+    # Rows of one shape round alike, those of another do not: of these half the digits must be the same.
+    rounding = torch.finfo(after.dtype).eps
+    if seen > 8 * rounding or moved > rounding**0.5:
+        what = "sees the one before it" if seen > 8 * rounding else "has other positions than alone"
+        told, wanted = {
+            "document_ids": ("by document_ids", "Use --packing pad, one document a block, or no --document_mask"),
+            "position_ids": ("by position_ids alone, as SFT packs", "Leave out train.packing"),
+        }[by]
+        raise BadInput(
+            f"{type(model).__name__} does not keep documents of one row apart when it is told of them {told}: a "
+            f"document {what} ({max(seen, moved):.1g} of what other tokens would change). {wanted}."
+        )
 
 
 @contextlib.contextmanager

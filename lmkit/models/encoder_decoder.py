@@ -14,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCach
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from lmkit.models.transformer import Embedded, Mask, Stack, TransformerConfig, TransformerPreTrainedModel, positions_of
+from lmkit.models.positions import positions_of
+from lmkit.models.transformer import Embedded, Mask, Stack, TransformerConfig, TransformerPreTrainedModel
 
 
 class Encoder(nn.Module):

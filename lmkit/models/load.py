@@ -1,5 +1,7 @@
 """Loading a model directory with its tokenizer: from the disk only, in float32, after checking that the two fit."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def load_language_model(
     options: those of `from_pretrained` that place the weights themselves, as in `lmkit.training.lora.quantization`.
     """
     tokenizer = _tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, **options)
+    with _loading(path, "language model"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, **options)
     return _placed(_matched(model, tokenizer, path), device, options), tokenizer
 
 
@@ -37,14 +40,30 @@ def load_reward_model(
     From the directory of a language model the head is new: zero, so that every score starts at 0.
     """
     tokenizer = _tokenizer(path)
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-    )
+    with _loading(path, "model that can score"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
+        if not hasattr(model, "score"):
+            raise ValueError(f"{type(model).__name__} has no layer `score`, which causal models have.")
     if "score.weight" in report["missing_keys"]:
         torch.nn.init.zeros_(model.score.weight)
     # The stock forward finds the last token of a padded row by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
     return _placed(_matched(model, tokenizer, path), device, options), tokenizer
+
+
+@contextlib.contextmanager
+def _loading(path: Path, what: str) -> Iterator[None]:
+    """What transformers finds wrong with a directory, as BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        hint = "Give what a stage of lmkit or save_pretrained wrote."
+        raise BadInput(f"{path} is no {what} that can be loaded: {reason} {hint}") from None
 
 
 def _placed(model: PreTrainedModel, device: str | torch.device, options: dict[str, Any]) -> PreTrainedModel:

@@ -8,9 +8,22 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_WAVELENGTH = 10_000.0
+
+
+def positions_of(tokens: Tensor, past: int, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """Positions [B or 1, T] of tokens [B, T, ...] after `past` others: counted from 0 in each row's first token, and in
+    each document's."""
+    places = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    if document_ids is not None:
+        starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)) * places
+        return places - starts.cummax(1).values
+    return places
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

@@ -78,7 +78,7 @@ class ModelConfig(Config):
     arch: Literal["qwen3", "llama", "gpt2", "transformer", "rnn", "lstm", "gru", "elmo", "neural_ngram"] = setting(
         "qwen3", "architecture: a stock transformers class (the first three) or one of lmkit's own"
     )
-    context_length: int | None = setting(None, "longest sequence in tokens", gt=0)
+    context_length: int | None = setting(None, "longest sequence in tokens", ge=2)
     num_hidden_layers: int | None = setting(None, "number of layers", gt=0)
     hidden_size: int | None = setting(None, "width", gt=0)
     head_dim: int | None = setting(None, "width of one attention head; the width must be a multiple", gt=0)
@@ -127,6 +127,9 @@ class ModelConfig(Config):
             raise ValueError(f"bptt_tokens: arch {self.arch} carries no state. Use --model.arch lstm")
         if self.arch != "neural_ngram" and self.window:
             raise ValueError(f"window: arch {self.arch} sees the whole context. Use --model.arch neural_ngram")
+        if self.init_std is not None and (self.arch in _GATES or self.block.norm_placement == "deep"):
+            what = f"arch {self.arch}" if self.arch in _GATES else "block.norm_placement deep"
+            raise ValueError(f"init_std: {what} draws its layers by a rule of its own, from their sizes. Leave it out")
         context = self.sizes()["context_length"]
         for name in ("bptt_tokens", "window"):
             if (getattr(self, name) or 0) > context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -58,6 +59,11 @@ def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_le
         raise BadInput(
             f"The tokenizer of {source} {why} the one the shards were made with. Encode the corpus with the model's: "
             f"`python recipes/tokenizer.py --tokenizer {path} --corpus ...`."
+        )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise BadInput(
+            f"{source} holds a {type(model).__name__}, which takes no past_key_values: lmkit could not sample from it, "
+            "in this stage or a later one. Start from another model."
         )
     positions = getattr(model.config, "max_position_embeddings", context_length)
     if context_length > positions:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from lmkit.errors import BadInput
 from lmkit.models.language_model import WithOutputLayer
 from lmkit.models.layer import Layer, Mask, make_norm
-from lmkit.models.positions import alibi_slopes, relative_buckets, rotation, sinusoids
+from lmkit.models.positions import alibi_slopes, positions_of, relative_buckets, rotation, sinusoids
 
 if TYPE_CHECKING:
     from lmkit.models.presets import ModelConfig
@@ -189,18 +188,6 @@ class Embedded(TransformerPreTrainedModel):
         if self.config.positions == "sinusoidal":
             return x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
         return x
-
-
-def positions_of(tokens: Tensor, past: int, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
-    """Positions [B or 1, T] of tokens [B, T, ...] after `past` others: counted from 0 in each row's first token, and in
-    each document's."""
-    places = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-    if attention_mask is not None:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-    if document_ids is not None:
-        starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)) * places
-        return places - starts.cummax(1).values
-    return places
 
 
 class TransformerModel(Embedded):

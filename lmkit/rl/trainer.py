@@ -52,7 +52,7 @@ from lmkit.rl.rollout import Rollout, collect, completion_ids, values_after
 from lmkit.rl.scorers import Batch
 from lmkit.rl.shares import gathered
 from lmkit.rl.update import advantages_and_returns, counted_tokens, make_optimizer, paid_metrics, update
-from lmkit.stage import latest_checkpoint, rotate
+from lmkit.stage import latest_checkpoint, newest_first, rotate
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tracking import Tracker
 from lmkit.training import checkpoint, sharding
@@ -356,8 +356,8 @@ class PPOTrainer:
         self.tokenizer.save_pretrained(folder)
 
     def _last_good(self) -> str:
-        saved = sorted((self.output_dir / "checkpoints").glob("step-*"))
-        return f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint was saved before."
+        saved = newest_first(self.output_dir / "checkpoints")
+        return f"The last good checkpoint is {saved[0]}." if saved else "No checkpoint was saved before."
 
     def _save(self) -> None:
         tensors = state.gather(self.model, self.optimizer, self._moving_reference(), self.drawing.ahead)

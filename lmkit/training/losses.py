@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmkit.errors import BadInput
+from lmkit.models.positions import positions_of
 
 # Logits up to this many are computed at once: below it the plain way is faster, above it memory decides.
 CHUNK_LOGITS = 2**23
@@ -105,7 +106,9 @@ class CausalLMLoss(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids: [B, T]. labels: a token for each hidden state that the backbone returns, [B, T] or as many as the
         objective asks for; labels[b, t] is the token after input_ids[b, t], or -100 where none counts. inputs: others
-        that the backbone takes, as document_ids."""
+        that the backbone takes; with document_ids its positions begin again at each document."""
+        if (document_ids := inputs.get("document_ids")) is not None:
+            inputs["position_ids"] = positions_of(input_ids, 0, None, document_ids)
         # With a cache transformers keeps keys and values during training and drops masks between packed documents.
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         weight, options = self.model.get_output_embeddings().weight, {"z_loss": self.z_loss, "softcap": self.softcap}

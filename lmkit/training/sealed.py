@@ -154,6 +154,26 @@ class SealedCheckpoints:
         """No README.md beside the record: the run's report says what TRL's card would, with numbers."""
 
 
+class SealedSFT(SealedCheckpoints):
+    """That before SFTTrainer; held-out loss, accuracy and entropy are means over tokens, whatever the batches."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            out = model(**self._prepare_inputs(inputs), use_cache=False, fused_lm_head=True)
+        tables = (-out.log_probs, out.is_top1, out.entropy, out.label_mask)  # 0 where nothing is asked for
+        rows = torch.stack([table.double().sum(1) for table in tables], 1)
+        self._held_out += self.accelerator.gather_for_metrics(rows).sum(0)
+        return rows[:, 0].sum() / rows[:, -1].sum(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._held_out = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        # The trainer's own are means of batches' means, in which tokens of short answers weigh more.
+        means = (self._held_out[:3] / self._held_out[3]).tolist()
+        output.metrics.update(zip(("eval_loss", "eval_mean_token_accuracy", "eval_entropy"), means))
+        return output
+
+
 class _Progress(TrainerCallback):
     """Passes what the trainer logs to the tracker, samples when it evaluates, and a signal to the trainer."""
 

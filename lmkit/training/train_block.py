@@ -62,6 +62,8 @@ def check_train_block(
             mistakes.append(f"{key}: is set by the stage; remove it. Instead: {SET_BY_STAGE[key]}.")
         elif muon and key in UNREAD_BY_MUON:
             mistakes.append(f"{key} {value}: not read, since matrices learn by Muon. Set muon false")
+        elif key == "num_train_epochs" and class_name == "SFTConfig" and mapping.get("max_steps", -1) > 0:
+            mistakes.append(f"{key} {value}: not read beside max_steps {mapping['max_steps']}. Set max_steps -1")
         elif key not in types:
             near = difflib.get_close_matches(key, types, 1)
             hint = f"Did you mean {near[0]}?" if near else "Its documentation lists the options."

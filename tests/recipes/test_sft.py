@@ -1,5 +1,7 @@
 """The SFT stage at nano size: a plain model directory, counts, bad input, stopping and going on."""
 
+import json
+
 import pytest
 import torch
 from sft import SFTStageConfig, main
@@ -7,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmkit.config import load
 from lmkit.errors import BadInput, Interrupted
+from lmkit.models.load import load_language_model
+from lmkit.models.presets import ModelConfig, build_model
 from lmkit.stage import Stage, read_record
-from lmkit.tokenization.chat import stop_token_ids
+from lmkit.tokenization.chat import render, stop_token_ids
 from lmkit.tracking import read_jsonl
 
 TRAIN = {
@@ -91,6 +95,40 @@ def test_packed_rows_give_the_loss_of_single_ones(nano, tmp_path):
         directory = main(config(nano, tmp_path / str(packing), data=str(few), eval_fraction=0.2, train=train))
         first[packing] = read_jsonl(directory / "metrics.jsonl")[0]["loss"]
     assert first[True] == pytest.approx(first[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_held_out_loss_is_a_mean_over_tokens(nano, tmp_path, size):
+    """Of answers of very unequal length, in batches of any size: that of each row by itself, over all tokens."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Say {n}", "completion": "so " * (1 + 20 * (n % 3))} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"max_steps": 1, "per_device_eval_batch_size": size, "learning_rate": 0.05}
+    directory = main(config(nano, tmp_path / "sft", eval_data=str(path), train=train))
+    model, tokenizer = load_language_model(directory / "model")
+    total = count = 0.0
+    for row in rows:
+        prompt, completion = render(tokenizer, row["prompt"], row["completion"])
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
+        count += len(completion)
+    assert read_record(directory)["metrics"]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(nano, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = load_language_model(nano / "model")[1]
+    for part in (build_model(ModelConfig(arch="lstm", preset="nano", context_length=256), tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(BadInput, match=r"does not keep documents of one row apart.*Leave out train\.packing"):
+        main(config(nano, tmp_path / "sft", model=tmp_path / "model", train={"packing": True}))
+
+
+def test_one_row_leaves_nothing_to_hold_out(nano, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text((nano / "sft.jsonl").read_text().splitlines(keepends=True)[0])
+    with pytest.raises(BadInput, match="1 row: nothing is left to learn from beside what is held out"):
+        main(config(nano, tmp_path / "sft", data=str(path)))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def test_what_the_stages_set_are_fields_of_one_of_the_classes():
         ({"learning_rte": 1e-3}, "learning_rte: unknown option of SFTConfig. Did you mean learning_rate?"),
         ({"max_steps": 8.5}, "max_steps: Input should be a valid integer"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: Input should be 'linear', 'cosine'"),
+        ({"max_steps": 5, "num_train_epochs": 3}, "num_train_epochs 3: not read beside max_steps 5. Set max_steps -1"),
         ({"bf16": "perhaps"}, "bf16: Input should be a valid boolean"),
         ({"output_dir": "x"}, "output_dir: is set by the stage; remove it. Instead: --output_dir."),
     ],
