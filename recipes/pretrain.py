@@ -24,16 +24,14 @@ class PretrainConfig(StageConfig):
     output_dir: Path = knob(Path("runs/tiny/pretrain"), "where the stage writes")
     tokenizer: Path = setting(Path("runs/tiny/tokenizer/tokenizer"), "tokenizer directory")
     shards: Path | list[Path] = source(Path("runs/tiny/tokenizer/shards"), "folders of splits train and validation")
-    weights: list[float] = setting([], "share of the samples from each of several shards; empty: by their size")
+    weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = setting([], "shares of shards; empty: by size")
     init_from: str | None = source(None, "model to go on training: folder or hub:NAME@REVISION; empty: a fresh one")
     embeddings: Path | None = source(None, "word vectors that a fresh model starts from; empty: none")
     model: ModelConfig = setting(ModelConfig(), "the model, if it is fresh, and the length of its blocks")
     lora: LoraOptions = setting(LoraOptions(), "adapters, merged at the end")
     train: TrainConfig = setting(TrainConfig(), "the training loop")
     objective: objectives.Name = setting("next_token", "what is learnt from a block")
-    packing: Literal["stream", "bos_bestfit", "pad"] = setting(
-        "pad", "blocks: cut anywhere, of whole documents, of one"
-    )
+    packing: Literal["stream", "bos_bestfit", "pad"] = setting("pad", "blocks: cut anywhere, whole documents, or one")
     document_mask: bool = setting(False, "no token sees another document of its block")
     z_loss: float = setting(0.0, "weight of the squared log normaliser in a token's loss", ge=0)
     ngram_orders: list[Annotated[int, Field(ge=1, le=32)]] = setting([5, 7], "orders of the n-grams it is held against")
@@ -60,7 +58,7 @@ def main(config: PretrainConfig) -> Path:
     from lmkit.data.shards import Shards
     from lmkit.evaluation.baselines import baselines, verdict
     from lmkit.evaluation.held_out import HeldOut
-    from lmkit.models.attention import packed_attention
+    from lmkit.models.attention import check_documents_apart, packed_attention
     from lmkit.models.presets import build_model
     from lmkit.models.start import load_to_continue
     from lmkit.tokenization.read import load_tokenizer
@@ -78,6 +76,8 @@ def main(config: PretrainConfig) -> Path:
     start = lambda: load_to_continue(config.init_from, tokenizer, context_length)  # noqa: E731
     model = start() if config.init_from else build_model(config.model, tokenizer, config.embeddings)
     objectives.check(config.objective, model.config, config.document_mask)
+    if config.document_mask and config.packing != "pad":
+        check_documents_apart(model, "document_ids")
     objective = objectives.Objective(config.objective, model.config, tokenizer, context_length, config.seed)
     validation = Shards.open(folders[0] / "validation"), config.validation_tokens
     held_out = HeldOut.start_of(*validation, tokenizer, context_length, objective)
@@ -94,9 +94,9 @@ def main(config: PretrainConfig) -> Path:
 
     with stage:
         stage.say(
-            f"pretrain: {model.num_parameters():,} parameters, {data.num_tokens:,} tokens in {len(data):,} blocks "
-            f"of {context_length}, vocabulary {len(tokenizer)}, {accelerator.num_processes} process(es) on "
-            f"{accelerator.device.type}, {accelerator.mixed_precision.replace('no', 'fp32')}"
+            f"pretrain: {model.num_parameters():,} parameters, {data.size()}, vocabulary {len(tokenizer)}, "
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
+            f"{accelerator.mixed_precision.replace('no', 'fp32')}"
         )
         options = {"accelerator": accelerator, "stage": stage, "evaluate": lambda: held_out.scores(model)}
         options |= {"ema": ema, "flops_per_token": flops_per_token(model, context_length)}

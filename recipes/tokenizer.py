@@ -4,12 +4,11 @@ Reads   --corpus (text, JSONL or Parquet; files, a folder, or a glob), --validat
 Writes  output_dir/tokenizer (a Hugging Face tokenizer directory), output_dir/shards/{train,validation}
 
     python recipes/tokenizer.py --corpus my/texts --vocab_size 32768 --output_dir runs/mine/tokenizer
-    python recipes/tokenizer.py --corpus my/texts --tokenizer path/of/a/tokenizer --part 2/8 --output_dir runs/mine/2
 """
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +22,8 @@ from lmkit.stage import Stage, run
 from lmkit.tokenization.vocabulary import check_special_tokens, check_vocab_size
 
 CORPUS, VALIDATION = "data/tales/text.txt.gz", "data/tales/text.validation.txt.gz"
+BPE = ("split", "min_frequency", "trainer")  # what learning reads of the settings, first what only byte-level BPE does
+LEARNING = ("vocab_size", "kind", "nfc", "max_token_length", "special_tokens", "allow_smaller_vocab", *BPE)
 
 
 class TokenizerConfig(StageConfig):
@@ -51,6 +52,15 @@ class TokenizerConfig(StageConfig):
         own = values.get("corpus", CORPUS) != CORPUS and values.get("validation", VALIDATION) == VALIDATION
         return values | {"validation": None} if own else values
 
+    @model_validator(mode="after")
+    def _no_setting_is_idle(self) -> "TokenizerConfig":
+        idle = dict.fromkeys(BPE, f"kind {self.kind} has no such step") if self.kind != "bpe" else {}
+        idle |= dict.fromkeys(LEARNING, "a tokenizer is given and none is learnt") if self.tokenizer else {}
+        idle |= {} if self.validation is None else {"validation_fraction": "validation names the held-out texts"}
+        if given := [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError("\n".join(f"{name}: not read, because {idle[name]}. Leave it out" for name in given))
+        return self
+
 
 def main(config: TokenizerConfig) -> Path:
     require_one("tokenizer.py, whose --num_processes encode the corpus,")
@@ -60,10 +70,7 @@ def main(config: TokenizerConfig) -> Path:
         return stage.directory
     from lmkit.data.shards import in_validation, write_shards
     from lmkit.data.sources import read_text
-    from lmkit.tokenization.chat import encode_text
-    from lmkit.tokenization.measure import measure
-    from lmkit.tokenization.read import load_tokenizer
-    from lmkit.tokenization.train import train_tokenizer
+    from lmkit.tokenization import chat, measure, read, train
     from lmkit.tracking import Tracker
 
     def documents(split: str) -> Iterator[str]:
@@ -74,43 +81,36 @@ def main(config: TokenizerConfig) -> Path:
         corpus, fraction = read_text(config.corpus, **options), config.validation_fraction * (config.validation is None)
         return (d for d in corpus if in_validation(d, fraction) == (split == "validation"))
 
+    def watched(split: str) -> Iterator[str]:
+        for document in documents(split):
+            yield document
+            if (step := next(steps)) % (total // 100 + 1) == 0 and step <= total:
+                tracker.log(step, {})
+
     # Reads everything once before anything is made: a file that cannot be read is found here.
     num_documents = {split: sum(1 for _ in documents(split)) for split in ("train", "validation")}
     if not num_documents["validation"]:
         raise BadInput("No document is held out. Give --validation, or raise --validation_fraction.")
-    total = (config.tokenizer is None) * num_documents["train"] + sum(num_documents.values())
+    total, steps = sum(num_documents.values()) + num_documents["train"] * (not config.tokenizer), itertools.count(1)
     with stage, Tracker(stage.directory, total_steps=total, report_to=config.report_to) as tracker:
-        steps = itertools.count(1)
-
-        def watched(passed: Iterable[str]) -> Iterator[str]:
-            for document in passed:
-                yield document
-                if (step := next(steps)) % (total // 100 + 1) == 0 and step <= total:
-                    tracker.log(step, {})
-
-        if config.tokenizer is not None:
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            names = ("vocab_size", "kind", "split", "nfc", "max_token_length", "min_frequency", "special_tokens")
-            options = {name: getattr(config, name) for name in (*names, "allow_smaller_vocab", "trainer")}
-            tokenizer = train_tokenizer(lambda: watched(documents("train")), **options)
-        facts = measure(tokenizer, {"validation": itertools.islice(documents("validation"), 500)})
+        tokenizer = config.tokenizer and read.load_tokenizer(config.tokenizer)
+        if tokenizer is None:
+            tokenizer = train.train_tokenizer(lambda: watched("train"), **config.model_dump(include={*LEARNING}))
+        facts = measure.measure(tokenizer, {"validation": itertools.islice(documents("validation"), 500)})
         with stage.seal("tokenizer") as folder:
             tokenizer.save_pretrained(folder)
         with stage.seal("shards") as folder:
             for split in num_documents:
-                how = tokenizer, folder / split, config.num_processes, config.part
-                meta = write_shards(watched(documents(split)), *how).meta
+                meta = write_shards(watched(split), tokenizer, folder / split, config.num_processes, config.part).meta
                 facts |= {f"{split}/{key}": value for key, value in meta.items()}
-                counts = ", ".join(f"{meta[f'num_{unit}']:,} {unit}" for unit in ("tokens", "documents", "bytes"))
-                stage.say(f"{split}: {counts}")
-        stage.say(
-            f"tokenizer: {len(tokenizer)} tokens, {facts['bytes_per_token']['validation']:.2f} bytes per token, "
-            f"{facts['num_exact']} of {facts['num_documents']} held-out documents come back exactly"
-        )
+                counts = (f"{meta[f'num_{unit}']:,} {unit}" for unit in ("tokens", "documents", "bytes"))
+                stage.say(f"{split}: {', '.join(counts)}")
+        size = f"{len(tokenizer)} tokens, {facts['bytes_per_token']['validation']:.2f} bytes per token"
+        exact = f"{facts['num_exact']} of {facts['num_documents']} held-out documents come back exactly"
+        stage.say(f"tokenizer: {size}, {exact}")
         if facts["hostile_changed"]:
             stage.say(f"warning: this tokenizer changes texts with {', '.join(facts['hostile_changed'])}")
-        sample = encode_text(tokenizer, next(documents("validation"))[:120])
+        sample = chat.encode_text(tokenizer, next(documents("validation"))[:120])
         stage.say("sample: " + "|".join(tokenizer.decode([i]) for i in sample).replace("\n", "\\n"))
         stage.finish(facts)
     return stage.directory

@@ -16,7 +16,8 @@ def test_padded_blocks_are_documents_behind_an_end_of_text_token():
     # Three documents, ended by 0, of 3, 6 and 2 tokens.
     tokens = np.array([5, 6, 0, 11, 12, 13, 14, 15, 0, 9, 0], dtype=np.uint16)
     documents = SimpleNamespace(tokens=tokens, document_offsets=np.array([0, 3, 9, 11]))
-    blocks = Blocks(documents, context_length=4, packing="pad")
+    blocks = Blocks(documents, context_length=8, packing="pad")
+    blocks.context_length = 4  # a document is cut to it
     assert len(blocks) == 3
     batch = blocks.fetch(np.array([2, 0, 1]))
     assert batch["labels"].tolist() == [[9, 0, -100, -100], [5, 6, 0, -100], [11, 12, 13, 14]]
@@ -75,3 +76,14 @@ def test_the_mask_of_a_stream_starts_a_document_at_each_end_of_text():
     assert batch["document_ids"].tolist() == [[1, 1, 2, 2, 3, 3, 3, 3]]
     assert "document_ids" not in Blocks(shards, 8).fetch(np.array([0]))
     assert "document_ids" not in Blocks(shards, 8, "pad", document_mask=True).fetch(np.array([0]))
+
+
+def test_what_padded_blocks_cut_off_is_counted_and_refused_above_one_percent():
+    lengths = [60, 11, 100, 29]
+    assert [Blocks(documents(lengths), n, "pad").num_lost for n in (100, 99, 98)] == [0, 1, 2]
+    wanted = (
+        r"nothing after them: 1\.5% of the 200 tokens .*more than 1%\. Use --packing bos_bestfit \(or stream\), or a"
+    )
+    with pytest.raises(BadInput, match=wanted):
+        Blocks(documents(lengths), 97, "pad")
+    assert [Blocks(documents(lengths), 20, packing).num_lost for packing in ("stream", "bos_bestfit")] == [0, 0]

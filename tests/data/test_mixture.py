@@ -12,9 +12,11 @@ from lmkit.data.order import batch_positions
 from lmkit.errors import BadInput
 
 
-def corpus(num_blocks, first=0, packing="stream"):
+def corpus(num_blocks, first=0, packing="stream", context_length=4):
     tokens = np.arange(first, first + num_blocks * 4 + 1, dtype=np.uint32)
-    return Blocks(SimpleNamespace(tokens=tokens, document_offsets=np.array([0, 3, len(tokens)])), 4, packing)
+    return Blocks(
+        SimpleNamespace(tokens=tokens, document_offsets=np.array([0, 3, len(tokens)])), context_length, packing
+    )
 
 
 def test_every_cycle_has_exactly_the_shares():
@@ -54,7 +56,7 @@ def test_a_step_reads_the_same_samples_however_it_is_split(accumulation, world):
 
 
 def test_rows_come_in_the_order_of_their_positions_and_narrow_ones_are_padded():
-    mixture = Mixture([corpus(8, packing="pad"), corpus(50, first=500)], [1, 1], seed=0)
+    mixture = Mixture([corpus(8, packing="pad", context_length=30), corpus(50, first=500)], [1, 1], seed=0)
     mixture.corpora[0].context_length = 16
     positions = np.arange(12)
     corpora, blocks = mixture.draw(positions)
@@ -67,6 +69,14 @@ def test_rows_come_in_the_order_of_their_positions_and_narrow_ones_are_padded():
 
 def test_seats_are_all_given():
     assert apportion(np.array([1, 1, 1.0]), 10).tolist() == [4, 3, 3]
+
+
+def test_its_size_is_what_is_taught_and_what_is_not():
+    assert Mixture([corpus(100), corpus(300)], [], seed=0).size() == "1,602 tokens in 400 blocks of 4"
+    parts = [corpus(500, packing="pad", context_length=length) for length in (1998, 1990)]
+    assert Mixture(parts[:1], [], seed=0).size() == "2,001 tokens in 2 blocks of 1998"
+    said = Mixture(parts[1:], [], seed=0).size()
+    assert said == "1,993 tokens in 2 blocks of 1990 (8 more are beyond their blocks)"
 
 
 def test_wrong_weights_are_refused():

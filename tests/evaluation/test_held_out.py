@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 
-from lmkit.data.shards import write_shards
+from lmkit.data.shards import Shards, write_shards
 from lmkit.evaluation import held_out
 from lmkit.evaluation.bits_per_byte import bits_per_byte
 from lmkit.evaluation.held_out import HeldOut
@@ -41,9 +42,13 @@ def test_both_strides_are_scored_and_named(held):
 
 def test_the_documents_within_the_first_tokens_are_taken(held):
     _, text = held
-    shards_of = type("S", (), {"tokens": text.tokens, "first_documents": lambda self, n: text.document_offsets[:2]})
-    first = HeldOut.start_of(shards_of(), 5, text.tokenizer, 32)
-    assert len(first.tokens) == text.document_offsets[1]
+    offsets = text.document_offsets
+    shards = Shards(text.tokens, offsets, 0, {})
+    for num_tokens, num_documents in ((offsets[1], 1), (offsets[2] - 1, 1), (offsets[2], 2), (10_000, 3)):
+        first = HeldOut.start_of(shards, num_tokens, text.tokenizer, 32)
+        assert first.document_offsets.tolist() == offsets[: num_documents + 1].tolist()
+        assert first.tokens.tolist() == text.tokens[: offsets[num_documents]].tolist()
+    assert HeldOut.start_of(shards, 5, text.tokenizer, 32).tokens.tolist() == text.tokens[:5].tolist()
 
 
 def test_continuations_start_held_out_documents_and_do_not_disturb_training(held):
@@ -63,10 +68,22 @@ def test_continuations_start_held_out_documents_and_do_not_disturb_training(held
     assert rows != text.continuations(model, seed=1)
 
 
-def test_a_continuation_fits_the_smallest_context(held):
+@pytest.mark.parametrize("context_length", [2, 4])
+def test_the_smallest_context_is_scored_and_continued(held, context_length):
     model, text = held
-    small = HeldOut(text.tokens, np.array([0, len(text.tokens)]), text.tokenizer, context_length=4)
+    small = HeldOut(text.tokens, np.array([0, len(text.tokens)]), text.tokenizer, context_length)
+    assert math.isfinite((small.scores(model) | small.unstrided_scores(model))["eval/bits_per_byte"])
     assert len(small.continuations(model)) == 2
+
+
+def test_a_model_without_sdpa_continues_texts_too(held):
+    _, text = held
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": len(text.tokenizer)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "attn_logit_softcapping": None}
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **heads)).eval()
+    with packed_attention(model):
+        assert len(text.continuations(model)) == 4
+        assert model.config._attn_implementation == "lmkit"
 
 
 class Parrot(torch.nn.Module):

@@ -1,14 +1,15 @@
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, StableLmConfig, XGLMConfig
 
 from lmkit.data.blocks import Blocks
 from lmkit.errors import BadInput
-from lmkit.models.attention import causal_attention, faster_attention, packed_attention
+from lmkit.models.attention import causal_attention, check_documents_apart, faster_attention, packed_attention
 from lmkit.models.presets import ModelConfig, transformers_config
 from lmkit.training.losses import CausalLMLoss
 
@@ -114,7 +115,8 @@ def test_the_name_is_put_back_and_never_saved(tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["stream", "bos_bestfit"])
-def test_blocks_of_packed_documents_teach_what_each_document_alone_does(packing):
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+def test_blocks_of_packed_documents_teach_what_each_document_alone_does(packing, arch):
     """Loss and gradient, on a CPU too, where flex and variable-length attention have no backward."""
     rng = np.random.default_rng(0)
     lengths = np.array([5, 3, 9, 2, 6, 7])
@@ -131,14 +133,87 @@ def test_blocks_of_packed_documents_teach_what_each_document_alone_does(packing)
         "packed": [blocks.fetch(np.arange(len(blocks)))],
         "alone": [{"input_ids": t[:, :-1], "labels": t[:, 1:]} for t in alone],
     }.items():
-        model = make_model()
+        model = make_model(arch)
+        scale_up(model)
         with packed_attention(model):
             total, count = (sum(parts) for parts in zip(*(CausalLMLoss(model)(**batch) for batch in batches)))
         total.backward()
-        found[name] = (total.item(), count.item(), model.model.layers[0].self_attn.q_proj.weight.grad)
+        found[name] = (total.item(), count.item(), model.get_input_embeddings().weight.grad)
     assert found["packed"][1] == found["alone"][1] == 32
     assert found["packed"][0] == pytest.approx(found["alone"][0], rel=1e-5)
-    torch.testing.assert_close(found["packed"][2], found["alone"][2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["packed"][2], found["alone"][2], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def scale_up(model):
+    """Weights that have learnt something: tokens and learned positions are heard."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            weight.normal_(std=1.0 if "wpe" in name or "wte" in name or "embed" in name else 0.2)
+
+
+def other_model(config, **sizes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(vocab_size=512, hidden_size=32, **sizes))
+
+
+OTHERS = {
+    "bloom": lambda: other_model(BloomConfig, n_layer=2, n_head=4),
+    "mamba": lambda: other_model(MambaConfig, num_hidden_layers=2),
+    "stablelm": lambda: other_model(
+        StableLmConfig, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64
+    ),
+    "xglm": lambda: other_model(
+        XGLMConfig, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64
+    ),
+}
+SEES = "a document sees the one before it"
+
+
+@pytest.mark.parametrize("learnt", [False, True], ids=["fresh", "learnt"])
+@pytest.mark.parametrize(
+    ("arch", "by", "refusal"),
+    [
+        *((arch, "document_ids", None) for arch in ("qwen3", "llama", "gpt2", "transformer", "neural_ngram")),
+        *((arch, "document_ids", rf"{SEES}.*Use --packing pad") for arch in OTHERS),
+        ("lstm", "document_ids", "Use packing pad"),
+        *((arch, "position_ids", None) for arch in ("qwen3", "llama", "gpt2")),
+        *(
+            (arch, "position_ids", rf"{SEES}.*train\.packing")
+            for arch in ("transformer", "lstm", "gru", "neural_ngram")
+        ),
+    ],
+)
+def test_a_model_is_asked_whether_it_keeps_documents_apart(arch, by, refusal, learnt):
+    model = OTHERS[arch]() if arch in OTHERS else make_model(arch)
+    model.train()
+    if learnt:
+        scale_up(model)
+    state, kept = torch.get_rng_state(), {name: weight.clone() for name, weight in model.named_parameters()}
+    before = model.config._attn_implementation
+    with nullcontext() if refusal is None else pytest.raises(BadInput, match=refusal):
+        check_documents_apart(model, by)
+    assert (model.training, model.config._attn_implementation) == (True, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.named_parameters())
+
+
+def test_what_is_seen_of_another_document_may_be_faint():
+    model = OTHERS["stablelm"]()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(0.01 if "v_proj" in name or "o_proj" in name else 1)
+    with pytest.raises(BadInput, match=rf"{SEES} \([1-9]e-05 of what other tokens would change\)"):
+        check_documents_apart(model, "document_ids")
+
+
+def test_positions_that_go_on_over_documents_are_refused(monkeypatch):
+    model = make_model("gpt2")
+    forward = model.base_model.forward
+    going_on = lambda position_ids, **inputs: forward(**inputs)  # noqa: E731
+    monkeypatch.setattr(model.base_model, "forward", going_on)
+    with pytest.raises(BadInput, match=r"has other positions than alone .*--packing pad"):
+        check_documents_apart(model, "document_ids")
 
 
 def test_attention_of_another_kind_is_refused():

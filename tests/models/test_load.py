@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lmkit.errors import BadInput
 from lmkit.models.heads import last_token_scores
@@ -49,6 +50,23 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load_language_model(tmp_path)
     with pytest.raises(BadInput, match=r"no config.json"):
         load_language_model(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("load", [load_language_model, load_reward_model])
+def test_what_transformers_cannot_load_is_refused_with_its_reason(load, saved, copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(
+        BadInput, match=r"copy is no .* that can be loaded: .*no file named model.safetensors.* Give what"
+    ):
+        load(copy)
+    sizes = {"vocab_size": 384, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    other = tmp_path / "t5"
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(other)
+    for path in saved.glob("tokenizer*"):
+        shutil.copy(path, other)
+    reason = "Unrecognized configuration class" if load is load_language_model else "has no layer `score`"
+    with pytest.raises(BadInput, match=rf"t5 is no .* that can be loaded: .*{reason}.* Give what"):
+        load(other)
 
 
 def test_a_model_without_a_tokenizer_is_refused(copy):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from lmkit.errors import BadInput
 from lmkit.models.presets import ModelConfig, build_model
@@ -54,6 +54,14 @@ def test_the_same_vocabulary_read_otherwise_is_refused(saved, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(BadInput, match="differs in its normalizer from"):
         load_to_continue(str(copy), AutoTokenizer.from_pretrained(saved), 128)
+
+
+def test_a_model_that_cannot_be_sampled_from_is_refused(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    sizes = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(MambaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"MambaForCausalLM, which takes no past_key_values.*Start from another model"):
+        load_to_continue(str(tmp_path), AutoTokenizer.from_pretrained(saved), 128)
 
 
 def test_a_longer_context_than_the_models_is_refused(saved):

@@ -88,6 +88,7 @@ def test_the_stage_trains_on_from_them(nano, vectors, tmp_path):
         "shards": str(nano / "shards"),
         "embeddings": str(vectors),
         "model": {"preset": "nano", "context_length": 64, "arch": "neural_ngram", "window": 4},
+        "packing": "stream",
         "train": {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 4, "learning_rate": 1e-9},
         "validation_tokens": 300,
     }

@@ -130,7 +130,11 @@ def test_a_model_that_writes_no_text_is_gone_on_with(nano, tmp_path, name, write
     fresh = write_fresh(96, **OBJECTIVES[name])
     train = {"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 2, "optim": "adamw_torch_fused"}
     settings = {"shards": nano / "shards", "tokenizer": nano / "model", "validation_tokens": 300, "train": train}
-    settings |= {"model": {"preset": "nano", "context_length": 96}, "init_from": str(tmp_path / "model")}
+    settings |= {
+        "model": {"preset": "nano", "context_length": 96},
+        "init_from": str(tmp_path / "model"),
+        "packing": "stream",
+    }
     settings |= {"lora": {"r": 4}, "output_dir": tmp_path / "more"}
     with pytest.raises(BadInput, match="Use objective"):
         pretrain.main(validate(pretrain.PretrainConfig, settings))

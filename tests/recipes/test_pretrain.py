@@ -9,7 +9,7 @@ import sys
 import pretrain
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from lmkit.config import validate
 from lmkit.errors import BadInput, Interrupted
@@ -22,6 +22,7 @@ def configure(nano, folder, **changes):
         "tokenizer": str(nano / "model"),
         "shards": str(nano / "shards"),
         "model": {"preset": "nano", "context_length": 64},
+        "packing": "stream",
         "train": {"max_steps": 4, "warmup_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 2},
         "validation_tokens": 500,
     }
@@ -157,6 +158,10 @@ def test_averaged_weights_are_scored_and_verified(adapted):
         ({"init_from": "x", "embeddings": "y"}, "embeddings: for a fresh model; leave out with init_from"),
         ({"ngram_orders": [5, 0]}, "ngram_orders.1  Input should be greater than or equal to 1"),
         ({"ngram_orders": [5000]}, "ngram_orders.0  Input should be less than or equal to 32"),
+        ({"weights": [-1, 2]}, r"weights.0  Input should be greater than 0 \(found -1\)"),
+        ({"weights": [1, 0.0]}, r"weights.1  Input should be greater than 0 \(found 0.0\)"),
+        ({"weights": [math.nan]}, "weights.0  Input should be a finite number"),
+        ({"weights": [math.inf]}, "weights.0  Input should be a finite number"),
         ({"packing": "tight"}, "packing  Input should be 'stream', 'bos_bestfit' or 'pad'"),
     ],
 )
@@ -179,6 +184,37 @@ def test_a_context_longer_than_the_models_is_refused(trained, nano, tmp_path):
         pretrain.main(configure(nano, tmp_path, model=model, init_from=str(trained.output_dir / "model")))
 
 
+def test_documents_cut_at_their_block_are_counted_or_refused(nano, tmp_path):
+    train = {"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 4}
+    for length, said in (
+        (256, "2,449 tokens in 20 blocks of 256,"),
+        (145, "2,446 tokens in 20 blocks of 145 (3 more are beyond their blocks),"),
+    ):
+        model = {"preset": "nano", "context_length": length}
+        pretrain.main(configure(nano, tmp_path / str(length), packing="pad", model=model, train=train))
+        log = (tmp_path / str(length) / "log.txt").read_text()
+        assert re.search(
+            rf"pretrain: [\d,]+ parameters, {re.escape(said)} vocabulary 512, 1 process\(es\) on cpu, ", log
+        )
+    with pytest.raises(BadInput, match=r"47\.7% of the 2,449 tokens would be lost.*--packing bos_bestfit"):
+        pretrain.main(configure(nano, tmp_path / "run", packing="pad"))
+    pretrain.main(configure(nano, tmp_path / "run", packing="bos_bestfit"))  # as the message says, in the same folder
+
+
+@pytest.mark.parametrize("packing", ["stream", "bos_bestfit"])
+def test_a_model_that_does_not_keep_documents_apart_is_not_trained_with_document_mask(nano, tmp_path, packing):
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = StableLmForCausalLM(StableLmConfig(**sizes, num_key_value_heads=2, intermediate_size=32))
+    model.save_pretrained(tmp_path / "model")
+    for path in (nano / "model").glob("*token*"):
+        shutil.copy(path, tmp_path / "model")
+    changes = {"init_from": str(tmp_path / "model"), "packing": packing, "document_mask": True}
+    with pytest.raises(BadInput, match=r"StableLmForCausalLM does not keep documents of one row .*--packing pad"):
+        pretrain.main(configure(nano, tmp_path / "run", **changes))
+    model = {"preset": "nano", "context_length": 256}
+    pretrain.main(configure(nano, tmp_path / "run", **changes | {"packing": "pad", "model": model}))
+
+
 def test_shards_of_another_tokenizer_are_refused(nano, tmp_path):
     from lmkit.tokenization.train import train_tokenizer
 
@@ -194,7 +230,16 @@ def test_a_number_that_is_not_finite_ends_the_recipe_with_4(nano, tmp_path):
     flags = []
     for name in ("output_dir", "tokenizer", "shards"):
         flags += [f"--{name}", str(getattr(config, name))]
-    flags += ["--model.preset", "nano", "--model.context_length", "64", "--train.warmup_steps", "0"]
+    flags += [
+        "--model.preset",
+        "nano",
+        "--model.context_length",
+        "64",
+        "--packing",
+        "stream",
+        "--train.warmup_steps",
+        "0",
+    ]
     flags += ["--train.learning_rate", "1e30", "--train.max_steps", "9", "--train.per_device_train_batch_size", "4"]
     done = subprocess.run([sys.executable, "recipes/pretrain.py", *flags], capture_output=True, text=True)
     assert done.returncode == 4, done.stderr[-2000:]

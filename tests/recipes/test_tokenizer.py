@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tokenizer import TokenizerConfig, main
 from transformers import AutoTokenizer
 
-from lmkit.config import load
+from lmkit.config import load, validate
 from lmkit.data.mixture import open_mixture
 from lmkit.data.shards import Shards
 from lmkit.data.sources import read_text
@@ -33,8 +33,9 @@ def corpus(tmp_path):
 
 def config(tmp_path, corpus, **changes):
     source = corpus if isinstance(corpus, list) else str(corpus)
-    values = {"output_dir": tmp_path / "out", "corpus": source, "vocab_size": 384, "num_processes": 1}
-    return TokenizerConfig(**values | {"allow_smaller_vocab": True} | changes)
+    values = {"output_dir": tmp_path / "out", "corpus": source, "num_processes": 1}
+    learning = {} if "tokenizer" in changes else {"vocab_size": 384, "allow_smaller_vocab": True}
+    return TokenizerConfig(**values | learning | changes)
 
 
 def test_the_stage_on_the_embedded_corpus(tmp_path, capsys):
@@ -96,7 +97,7 @@ def test_the_order_of_the_files_does_not_change_the_tokenizer(kind, tmp_path, co
 
 def test_a_given_tokenizer_is_taken_as_it_is(tmp_path, corpus):
     first = main(config(tmp_path, corpus))
-    taken = config(tmp_path, corpus, output_dir=tmp_path / "second", tokenizer=first / "tokenizer", vocab_size=1024)
+    taken = config(tmp_path, corpus, output_dir=tmp_path / "second", tokenizer=first / "tokenizer")
     second = main(taken)
     texts = ["The owl <|im_end|>", "caf\u00e9"]
     old, new = (AutoTokenizer.from_pretrained(directory / "tokenizer") for directory in (first, second))
@@ -117,7 +118,7 @@ def test_running_again_changes_nothing(tmp_path, corpus, capsys):
 
 @pytest.mark.parametrize("kind", ["sentencepiece_bpe", "sentencepiece_unigram"])
 def test_sentencepiece(kind, tmp_path, corpus, capsys):
-    directory = main(config(tmp_path, corpus, kind=kind, split="gpt2"))
+    directory = main(config(tmp_path, corpus, kind=kind))
     assert read_record(directory)["metrics"]["hostile_changed"] == []
 
 
@@ -139,6 +140,47 @@ def test_a_lossy_tokenizer_is_warned_about(tmp_path, corpus, capsys):
 def test_wrong_settings_are_refused_before_anything_is_read(changes, message, tmp_path):
     with pytest.raises(ValidationError, match=message):
         config(tmp_path, "nowhere", **changes)
+
+
+LEARNT = "not read, because a tokenizer is given and none is learnt. Leave it out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        (
+            {"tokenizer": "t", "vocab_size": 2048, "special_tokens": ["<|a|>"]},
+            {"vocab_size": LEARNT, "special_tokens": LEARNT},
+        ),
+        ({"tokenizer": "t", "kind": "sentencepiece_bpe", "split": "gpt2"}, {"kind": LEARNT, "split": LEARNT}),
+        (
+            {"tokenizer": "t", "nfc": True, "max_token_length": 9, "min_frequency": 3, "allow_smaller_vocab": True},
+            dict.fromkeys(("nfc", "max_token_length", "min_frequency", "allow_smaller_vocab"), LEARNT),
+        ),
+        ({"tokenizer": "t", "trainer": "rustbpe"}, {"trainer": LEARNT}),
+        (
+            {"kind": "sentencepiece_unigram", "split": "gpt4", "min_frequency": 3, "trainer": "tokenizers"},
+            dict.fromkeys(
+                ("split", "min_frequency", "trainer"),
+                "not read, because kind sentencepiece_unigram has no such step. Leave it out",
+            ),
+        ),
+        (
+            {"validation_fraction": 0.1},
+            {"validation_fraction": "not read, because validation names the held-out texts. Leave it out"},
+        ),
+        ({"kind": "sentencepiece_bpe", "nfc": True, "max_token_length": 9, "special_tokens": ["<|a|>"]}, {}),
+        ({"corpus": "mine", "validation_fraction": 0.1, "split": "gpt2", "min_frequency": 3}, {}),
+        ({"tokenizer": "t", "vocab_size": 1024, "validation": None, "validation_fraction": 0.1}, {}),
+    ],
+)
+def test_a_setting_that_would_not_be_read_is_refused(changes, unread):
+    found = []
+    try:
+        validate(TokenizerConfig, changes)
+    except BadInput as error:
+        found = [line.strip() for line in str(error).split("\n")[1:]]
+    assert sorted(found) == sorted(f"{name}: {why}" for name, why in unread.items())
 
 
 def test_mistakes_are_listed_together():
@@ -189,7 +231,7 @@ def test_bad_input_is_exit_code_2_and_nothing_is_made(content, flags, message, t
     corpus.write_bytes(content)
     output_dir = tmp_path / "out"
     options = ["--corpus", str(corpus), "--output_dir", str(output_dir), "--num_processes", "1"]
-    size = [] if "--vocab_size" in flags else ["--vocab_size", "384"]
+    size = [] if {"--vocab_size", "--tokenizer"} & set(flags) else ["--vocab_size", "384"]
     monkeypatch.setattr("sys.argv", ["tokenizer.py", *options, *size, *flags])
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as ending:

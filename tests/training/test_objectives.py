@@ -208,6 +208,15 @@ def test_documents_are_not_masked_where_a_state_goes_on_or_a_block_is_one_text()
         ({"arch": "transformer", "block": {"num_encoder_layers": 1, "causal": False}}, "Leave it true"),
         ({"block": {"norm": "layernorm"}}, "block: arch qwen3 has parts of its own. Use --model.arch transformer"),
         ({"arch": "transformer", "block": {"num_key_value_heads": 3}}, "3 does not divide the 4 heads"),
+        ({"context_length": 1}, "context_length  Input should be greater than or equal to 2"),
+        *(
+            ({"arch": arch, "init_std": 0.1}, f"init_std: arch {arch} draws its")
+            for arch in ("lstm", "gru", "rnn", "elmo")
+        ),
+        (
+            {"arch": "transformer", "init_std": 0.1, "block": {"norm_placement": "deep"}},
+            "init_std: block.norm_placement deep draws its layers by a rule of its own, from their sizes. Leave it out",
+        ),
         ({"arch": "lstm", "head_dim": 16}, "head_dim: there are no heads in arch lstm"),
         ({"arch": "lstm", "depth": 4}, "depth: layers grow by rules for Transformers"),
         ({"bptt_tokens": 8}, "arch qwen3 carries no state. Use --model.arch lstm"),
