@@ -61,7 +61,7 @@ def rotate(folder: Path, keep: int = 2) -> None:
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not; their numbers have six digits or more."""
-    return sorted(Path(folder).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(Path(folder).glob("step-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def _is_whole(checkpoint: Path) -> bool:

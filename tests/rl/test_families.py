@@ -19,20 +19,21 @@ from lmkit.rl.trainer import PPOTrainer
 from lmkit.training.lora import LoraOptions, peft_config
 from lmkit.training.losses import CausalLMLoss
 
+WIDE = {"init_std": 0.2}
 FAMILIES = {
     "lstm": {"arch": "lstm"},
     "gru": {"arch": "gru", "bptt_tokens": 4},
     "elmo": {"arch": "elmo"},
-    "alibi-sandwich": {"arch": "transformer", "block": {"positions": "alibi", "norm_placement": "sandwich"}},
-    "learned-post": {"arch": "transformer", "block": {"positions": "learned", "norm_placement": "post"}},
-    "neural-ngram": {"arch": "neural_ngram"},
+    "alibi-sandwich": WIDE | {"arch": "transformer", "block": {"positions": "alibi", "norm_placement": "sandwich"}},
+    "learned-post": WIDE | {"arch": "transformer", "block": {"positions": "learned", "norm_placement": "post"}},
+    "neural-ngram": WIDE | {"arch": "neural_ngram"},
 }
 
 
 @pytest.fixture(params=FAMILIES)
 def policy(request, tokenizer):
     torch.manual_seed(0)
-    config = ModelConfig.model_validate({"preset": "nano", "init_std": 0.2, **FAMILIES[request.param]})
+    config = ModelConfig.model_validate({"preset": "nano"} | FAMILIES[request.param])
     model = build_model(config, tokenizer).eval()
     with torch.no_grad():  # far from the even distribution of a fresh model
         model.get_input_embeddings().weight.mul_(8)
