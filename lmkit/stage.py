@@ -30,7 +30,7 @@ from lmkit.environment import environment, peak_memory_bytes
 from lmkit.errors import BadInput, CorruptInput, Interrupted, Locked, Stopped
 from lmkit.processes import check_launcher, die_with_parent, is_main, lost_another, num_asked, run_group
 from lmkit.rounds import CHAIN, recipe_of
-from lmkit.tracking import printable
+from lmkit.tracking import printable, read_jsonl
 
 # Keys of a pass-through `train` mapping that change what is shown or kept, never what is learnt.
 KNOBS = frozenset({"output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name"})
@@ -152,6 +152,8 @@ class Stage:
             for leftover in [*self.directory.glob(".[srt]*-*"), *self.checkpoints.glob(".[srt]*-*")]:
                 remove(leftover)
             (self.directory / "exit.json").unlink(missing_ok=True)  # it tells of an earlier ending
+            before = read_jsonl(self.directory / "metrics.jsonl")
+            self._started -= before[-1]["seconds"] if before else 0.0  # the work of those that were stopped
             write_json(self.directory / "plan.json", self._plan_record())
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self

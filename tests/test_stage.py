@@ -49,6 +49,13 @@ def test_a_finished_stage_is_skipped_and_its_record_says_what_was_done(config):
     assert finish(config) == "skipped"
 
 
+def test_the_seconds_of_starts_that_were_stopped_count(config):
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / "metrics.jsonl").write_text('{"step": 1, "seconds": 60.5}\n{"step": 2, "seconds": 100.5}\n')
+    finish(config)
+    assert 100.5 <= read_record(config.output_dir)["seconds"] < 110
+
+
 @pytest.mark.parametrize("change", [{"logging_steps": 9}, {"train": {"learning_rate": 1.0, "logging_steps": 1}}])
 def test_knobs_do_not_enter_the_fingerprint(config, change):
     finish(config)
