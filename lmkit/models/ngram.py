@@ -173,11 +173,13 @@ def _count(
     One sort serves all orders: where the stream's starts are sorted by the `order` tokens that follow, those that
     share an n-gram stand together for every n, and a new n-gram begins where any of the first n tokens changes.
     """
-    padded = np.append(tokens, -1)
-    starts = _sorted_starts(tokens, order, vocab_size)
+    # Where 32 bits suffice half the bytes go through memory, which takes most of the time.
+    index = np.int32 if max(len(tokens), vocab_size) < 2**31 - 1 else np.int64
+    padded = np.append(tokens, -1).astype(index)
+    starts = _sorted_starts(tokens, order, vocab_size).astype(index)
     begins = np.arange(len(starts)) == 0
-    grams = np.zeros(len(starts), dtype=np.int64)  # the n-gram at each of the sorted starts
-    at = np.zeros(len(tokens) + 1, dtype=np.int64)  # the n-gram at each place of the stream
+    grams = np.zeros(len(starts), dtype=index)  # the n-gram at each of the sorted starts
+    at = np.zeros(len(tokens) + 1, dtype=index)  # the n-gram at each place of the stream
     num_contexts, waiting = 1, None
     for n in range(1, order + 1):
         newest = padded[starts + n - 1]
@@ -185,14 +187,14 @@ def _count(
         ended = np.flatnonzero(newest < 0)  # the one start, if any, that has only n - 1 tokens
         starts, begins, grams, newest = (np.delete(array, ended) for array in (starts, begins, grams, newest))
         firsts = np.flatnonzero(begins)
-        codes = grams[firsts] * vocab_size + newest[firsts]
+        codes = grams[firsts].astype(np.int64) * vocab_size + newest[firsts]
         if waiting is not None:
             below, counts, contexts_below = waiting
             if distinct_left:
                 counts = np.bincount(at[starts[firsts] + 1], minlength=len(below))
             yield below, counts, contexts_below
         waiting = codes, np.diff(firsts, append=len(starts)), num_contexts
-        grams = np.cumsum(begins) - 1
+        grams = np.cumsum(begins, dtype=index) - 1
         at[starts] = grams
         num_contexts = len(codes)
     yield waiting
