@@ -100,8 +100,7 @@ def sample_all(config: EvaluationConfig, stage: Stage, state, models: dict, toke
     jobs = {name: (model, prompts) for name, model in models.items()}
     jobs["many"] = (models["sft"], [prompt for prompt in prompts for _ in range(config.best_of)])
     sampling = config.model_dump(include={"max_new_tokens", "batch_size"})
-    answers, before = {}, 0
-    total = sum(len(asked) for _, asked in jobs.values())
+    answers, before, total = {}, 0, sum(len(asked) for _, asked in jobs.values())
     with Tracker(stage.directory, total_steps=total, report_to=config.report_to, description=stage.name) as tracker:
 
         def progress(done: int, tokens: int) -> None:

@@ -55,11 +55,9 @@ def _reward_model_scorer(path: Path, device: Any) -> Scorer:
 
     def score(prompts: Sequence[Any], completions: Sequence[str], cut_off: Collection[str] = ()) -> list[float]:
         parts = [render(tokenizer, prompt, completion) for prompt, completion in zip(prompts, completions)]
-        ids = [[*map(list, parts)] for parts in zip(*parts)]
-        for row, completion in enumerate(completions):
-            if completion in cut_off:  # it has no end to be judged by
-                ids[1][row] = ids[1][row][:-1]
-        return completion_scores(model, *ids).tolist()
+        # What was cut off has no end to be judged by.
+        ends = [part[1][:-1] if text in cut_off else part[1] for part, text in zip(parts, completions)]
+        return completion_scores(model, [part[0] for part in parts], ends).tolist()
 
     return score
 

@@ -27,7 +27,7 @@ def load_language_model(
     options: those of `from_pretrained` that place the weights themselves, as in `lmkit.training.lora.quantization`.
     """
     tokenizer = _tokenizer(path)
-    with _loading(path, "language model"):
+    with loading(path, "language model"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, **options)
     return _placed(_matched(model, tokenizer, path), device, options), tokenizer
 
@@ -40,7 +40,7 @@ def load_reward_model(
     From the directory of a language model the head is new: zero, so that every score starts at 0.
     """
     tokenizer = _tokenizer(path)
-    with _loading(path, "model that can score"):
+    with loading(path, "model that can score"):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
@@ -54,7 +54,7 @@ def load_reward_model(
 
 
 @contextlib.contextmanager
-def _loading(path: Path, what: str) -> Iterator[None]:
+def loading(path: str | Path, what: str) -> Iterator[None]:
     """What transformers finds wrong with a directory, as BadInput."""
     try:
         yield

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmkit.errors import BadInput
 from lmkit.models.language_model import auto_class
+from lmkit.models.load import loading
 from lmkit.tokenization.chat import stop_token_ids
 from lmkit.tokenization.read import read_tokenizer
 
@@ -45,16 +46,10 @@ def load_to_continue(source: str, tokenizer: PreTrainedTokenizerBase, context_le
     path = local_folder(source)
     if not (path / "config.json").is_file():
         raise BadInput(f"{source} is not a model directory: it has no config.json. Give what save_pretrained wrote.")
-    try:
+    with loading(source, "language model"):
         own = read_tokenizer(path)
         kind = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
         model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    except BadInput:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        hint = "Give what recipes/pretrain.py or save_pretrained wrote."
-        raise BadInput(f"{source} is no language model that can be loaded: {reason} {hint}") from None
     if why := difference(own, tokenizer):
         raise BadInput(
             f"The tokenizer of {source} {why} the one the shards were made with. Encode the corpus with the model's: "

@@ -76,7 +76,7 @@ def test_folders_and_names_that_hold_no_model_are_refused(saved, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     shutil.copy(saved / "tokenizer.json", tmp_path)
     shutil.copy(saved / "tokenizer_config.json", tmp_path)
-    with pytest.raises(BadInput, match=r"no language model that can be loaded: .* Give what recipes/pretrain\.py"):
+    with pytest.raises(BadInput, match=r"no language model that can be loaded: .* Give what a stage of lmkit"):
         load_to_continue(str(tmp_path), tokenizer, 128)
     with pytest.raises(BadInput, match="not a model's hub name"):
         local_folder("hub:a/b/c")
